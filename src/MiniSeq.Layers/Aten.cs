@@ -1,0 +1,39 @@
+using System.Runtime.InteropServices;
+using static TorchSharp.torch;
+
+namespace MiniSeq.Layers;
+
+/// <summary>Operators that TorchSharp does not bind, through libtorch's stable C interface (a handle there is <c>Tensor.Handle</c>). None records a graph.</summary>
+internal static unsafe class Aten
+{
+    private const string Library = "torch_cpu";
+
+    /// <summary>Output [b, Hq, S, D] and log-sum-exp [b, Hq, S] of q [b, Hq, S, D] and k, v [b, Hkv, T, D] on the CPU.</summary>
+    public static (Tensor Output, Tensor LogSumExp) FlashAttention(Tensor q, Tensor k, Tensor v, bool causal, double scale)
+    {
+        IntPtr output, lse;
+        Check(aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(q.Handle, k.Handle, v.Handle, 0, causal ? 1 : 0, null, &scale, &output, &lse),
+            "flash attention", q, k, v);
+        return (Tensor.UnsafeCreateTensor(output), Tensor.UnsafeCreateTensor(lse));
+    }
+
+    /// <summary>Gradients of q, k and v, shaped like them.</summary>
+    public static (Tensor Dq, Tensor Dk, Tensor Dv) FlashAttentionBackward(Tensor dOutput, Tensor q, Tensor k, Tensor v, Tensor output, Tensor logSumExp, bool causal, double scale)
+    {
+        IntPtr dq, dk, dv;
+        Check(aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu_backward(dOutput.Handle, q.Handle, k.Handle, v.Handle, output.Handle, logSumExp.Handle,
+            0, causal ? 1 : 0, null, &scale, &dq, &dk, &dv), "flash attention backward", dOutput, q, k, v, output, logSumExp);
+        return (Tensor.UnsafeCreateTensor(dq), Tensor.UnsafeCreateTensor(dk), Tensor.UnsafeCreateTensor(dv));
+    }
+
+    // Keeps the wrappers alive across the native call too: only their handles went in.
+    private static void Check(int result, string name, params Tensor[] arguments)
+    {
+        if (result != 0)
+            throw new InvalidOperationException($"libtorch refused {name} for {string.Join(", ", arguments.Select(a => $"{a.dtype} [{string.Join(", ", a.shape)}]"))}; its own message is on standard error.");
+        GC.KeepAlive(arguments);
+    }
+
+    [DllImport(Library)] private static extern int aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(IntPtr q, IntPtr k, IntPtr v, double dropout, int causal, IntPtr* mask, double* scale, IntPtr* output, IntPtr* lse);
+    [DllImport(Library)] private static extern int aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu_backward(IntPtr dOutput, IntPtr q, IntPtr k, IntPtr v, IntPtr output, IntPtr lse, double dropout, int causal, IntPtr* mask, double* scale, IntPtr* dq, IntPtr* dk, IntPtr* dv);
+}

@@ -1,0 +1,124 @@
+using static TorchSharp.torch;
+
+namespace MiniSeq.Layers;
+
+/// <summary>
+/// The gated MLP of Llama-like models, y = W_d (act(W_g x) ⊙ W_u x), in mini-sequences: forward and backward hold the
+/// intermediates of one chunk of rows, never of the whole sequence (Mini-Sequence Transformer, arXiv 2407.15892, algorithm 1).
+/// </summary>
+/// <remarks>
+/// Only x is kept for backward, which recomputes gate and up a chunk at a time: 11 matrix products in all against 9 unchunked and
+/// 12 with recomputation of the whole layer. Outputs and gradients are those of the unchunked layer. Weight gradients are added to
+/// <c>.grad</c> directly (float32 for 16-bit weights), so <c>autograd.grad</c> for a weight and double backward are not available.
+/// Names of parameters follow Hugging Face: <c>gate_proj</c>, <c>up_proj</c>, <c>down_proj</c>.
+/// </remarks>
+public sealed class GatedMlp : nn.Module<Tensor, Tensor>
+{
+    private readonly Projection _gate;
+    private readonly Projection _up;
+    private readonly Projection _down;
+    private readonly Activation _activation;
+    private readonly int _chunkSize;
+
+    /// <summary>A gated MLP with new weights.</summary>
+    /// <param name="hiddenSize">d, columns of x and y.</param>
+    /// <param name="intermediateSize">I, columns of gate and up.</param>
+    /// <param name="activation">SiLU makes it SwiGLU, tanh GELU makes it GeGLU.</param>
+    /// <param name="bias">Whether the three projections have biases.</param>
+    /// <param name="chunkSize">Rows of a mini-sequence, or <see cref="Chunking.Auto"/>.</param>
+    /// <param name="dtype">Type of the weights.</param>
+    /// <param name="device">Device of the weights.</param>
+    public GatedMlp(long hiddenSize, long intermediateSize, Activation activation = Activation.Silu, bool bias = false,
+        int chunkSize = Chunking.Auto, ScalarType dtype = ScalarType.Float32, Device? device = null) : base(nameof(GatedMlp))
+    {
+        ArgumentOutOfRangeException.ThrowIfNegative(chunkSize);
+        _gate = new Projection(hiddenSize, intermediateSize, bias, dtype, device);
+        _up = new Projection(hiddenSize, intermediateSize, bias, dtype, device);
+        _down = new Projection(intermediateSize, hiddenSize, bias, dtype, device);
+        (_activation, _chunkSize) = (activation, chunkSize);
+        register_module("gate_proj", _gate);
+        register_module("up_proj", _up);
+        register_module("down_proj", _down);
+    }
+
+    /// <summary>W_g with its bias.</summary>
+    public Projection GateProj => _gate;
+
+    /// <summary>W_u with its bias.</summary>
+    public Projection UpProj => _up;
+
+    /// <summary>W_d with its bias.</summary>
+    public Projection DownProj => _down;
+
+    /// <summary>y for x [.., d]; rows = the product of all but the last dimension.</summary>
+    /// <exception cref="ArgumentException">x does not end in the hidden size.</exception>
+    public override Tensor forward(Tensor input)
+    {
+        long hidden = _gate.Weight.size(1);
+        if (input.dim() == 0 || input.size(-1) != hidden)
+            throw new ArgumentException($"GatedMlp takes [.., {hidden}], and got [{string.Join(", ", input.shape)}].", nameof(input));
+        Tensor[] inputs = [input, .. parameters()];
+        return AutogradNode.Apply(inputs, () => ForwardAll(input), [input], (node, gradients) =>
+        {
+            using var x = node.Unpack(0);
+            node.ReleaseSaved();
+            var result = new Tensor?[inputs.Length];
+            if (gradients[0] is { } dy) result[0] = BackwardAll(x, dy, node.NeedsInputGrad[0]);
+            return result; // the weights' gradients are in .grad already
+        });
+    }
+
+    /// <summary>y of one mini-sequence. Shapes: x [rows, d], y [rows, d]. Records no graph of its own.</summary>
+    public Tensor ForwardChunk(Tensor x)
+    {
+        using var scope = NewDisposeScope();
+        var hidden = ActivationFunctions.Apply_(_activation, _gate.forward(x));
+        hidden.mul_(_up.forward(x));
+        return _down.forward(hidden).MoveToOuterDisposeScope();
+    }
+
+    /// <summary>dx of one mini-sequence from dy, with gate and up recomputed; weight gradients are accumulated. Shapes: all [rows, d].</summary>
+    public Tensor? BackwardChunk(Tensor x, Tensor dy, bool needsInputGrad = true)
+    {
+        using var scope = NewDisposeScope();
+        var up = _up.forward(x);
+        var (act, slope) = ActivationFunctions.WithDerivative_(_activation, _gate.forward(x)); // a = act(g), a' = act'(g)
+        var hidden = act * up;                                     // h = a ⊙ u
+        _down.AccumulateGradients(hidden, dy);                     // dW_d += dyᵀ h
+        hidden.Dispose();
+        var dHidden = _down.InputGradient(dy);                     // dh = dy W_d
+        var dGate = up.mul_(dHidden).mul_(slope);                  // dg = dh ⊙ u ⊙ a'
+        var dUp = act.mul_(dHidden);                               // du = dh ⊙ a
+        _gate.AccumulateGradients(x, dGate);                       // dW_g += dgᵀ x
+        _up.AccumulateGradients(x, dUp);                           // dW_u += duᵀ x
+        if (!needsInputGrad) return null;
+        var dx = _gate.InputGradient(dGate);                       // dx = dg W_g + du W_u
+        _up.AddInputGradient(dx, dUp);
+        return dx.MoveToOuterDisposeScope();
+    }
+
+    private long ChunkRows(Tensor x) => Chunking.Rows(_chunkSize, x.size(0), _gate.Weight.size(0), x.dtype);
+
+    private Tensor ForwardAll(Tensor input)
+    {
+        using var scope = NewDisposeScope();
+        var x = input.reshape(-1, input.size(-1));
+        var y = empty_like(x);
+        Chunking.ForEach(x.size(0), ChunkRows(x), (start, count) => y.narrow(0, start, count).copy_(ForwardChunk(x.narrow(0, start, count))));
+        return y.view(input.shape).MoveToOuterDisposeScope();
+    }
+
+    private Tensor? BackwardAll(Tensor input, Tensor gradient, bool needsInputGrad)
+    {
+        using var scope = NewDisposeScope();
+        var x = input.reshape(-1, input.size(-1));
+        var dy = gradient.reshape(x.shape);
+        var dx = needsInputGrad ? empty_like(x) : null;
+        Chunking.ForEach(x.size(0), ChunkRows(x), (start, count) =>
+        {
+            var chunk = BackwardChunk(x.narrow(0, start, count), dy.narrow(0, start, count), needsInputGrad);
+            if (chunk is not null) dx!.narrow(0, start, count).copy_(chunk);
+        });
+        return dx?.view(input.shape).MoveToOuterDisposeScope();
+    }
+}

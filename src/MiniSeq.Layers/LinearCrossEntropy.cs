@@ -1,0 +1,180 @@
+using static TorchSharp.torch;
+
+namespace MiniSeq.Layers;
+
+/// <summary>The loss of a batch of tokens: a sum and a count, so that a mean over several micro-batches is exact.</summary>
+/// <param name="LossSum">Σ −log softmax(logits)[label] over the labels that are not ignored; float64 scalar tensor.</param>
+/// <param name="TokenCount">How many labels are not ignored.</param>
+public sealed record TokenLoss(Tensor LossSum, long TokenCount) : IDisposable
+{
+    /// <summary>LossSum / TokenCount, and 0 where every label is ignored.</summary>
+    public double Mean => TokenCount == 0 ? 0 : LossSum.item<double>() / TokenCount;
+
+    /// <inheritdoc/>
+    public void Dispose() => LossSum.Dispose();
+}
+
+/// <summary>
+/// LM head and cross entropy in mini-sequences: logits of [chunk, V] are made, turned into their own gradient in place and dropped,
+/// so nothing of size S × V ever exists (Mini-Sequence Transformer, arXiv 2407.15892, algorithm 2, with the sum and not the mean of
+/// means). Rows whose label is ignored never meet the vocabulary.
+/// </summary>
+public static class LinearCrossEntropy
+{
+    /// <summary>The label that asks for no loss, as in PyTorch and Hugging Face.</summary>
+    public const long IgnoreIndex = -100;
+
+    /// <summary>
+    /// The loss of hidden states under a linear head, differentiable: <c>LossSum.backward()</c> (or of any multiple of it) gives
+    /// the gradients of <paramref name="hidden"/> and of the head, the latter added to <c>.grad</c>.
+    /// Gradients are formed during the forward pass, so nothing is recomputed: 3 matrix products, as unchunked.
+    /// </summary>
+    /// <param name="hidden">[.., d] in the head's type; leading dimensions as <paramref name="labels"/>.</param>
+    /// <param name="head">The head, weight [V, d].</param>
+    /// <param name="labels">[..] int64: the token wanted at each row (already shifted), or <see cref="IgnoreIndex"/>.</param>
+    /// <param name="chunkSize">Rows of a mini-sequence, or <see cref="Chunking.Auto"/>.</param>
+    /// <exception cref="ArgumentException">Shapes do not fit, labels are not int64, or a label is outside 0..V−1.</exception>
+    public static TokenLoss Loss(Tensor hidden, Projection head, Tensor labels, int chunkSize = Chunking.Auto)
+    {
+        using var scope = NewDisposeScope();
+        long vocabulary = head.Weight.size(0);
+        var rows = ValidRows(hidden, labels, vocabulary);
+        long count = rows.numel();
+        Tensor[] trained = [hidden, .. head.parameters()];
+        bool record = is_grad_enabled() && trained.Any(t => t.requires_grad);
+        var sink = record ? new GradientSink(hidden, head, rows) : null;
+        var sum = AutogradNode.Apply(trained, () => SumChunks(hidden, head, labels, rows, chunkSize, sink), [], (node, gradients) =>
+        {
+            var result = new Tensor?[trained.Length];
+            if (gradients[0] is { } upstream) result[0] = sink!.Finish(upstream);
+            return result;
+        });
+        return new TokenLoss(sum.MoveToOuterDisposeScope(), count);
+    }
+
+    /// <summary>
+    /// Loss of one mini-sequence and, if <paramref name="scale"/> is given, the gradients of scale · loss: those of the head are
+    /// accumulated, that of the rows is returned. Shapes: hidden [rows, d], labels [rows], none of them ignored.
+    /// </summary>
+    public static (Tensor LossSum, Tensor? HiddenGradient) Chunk(Tensor hidden, Projection head, Tensor labels, double? scale, bool needsHiddenGradient = true)
+    {
+        using var scope = NewDisposeScope();
+        var (loss, dLogits) = LossAndLogitGradient(hidden, head, labels, scale);
+        if (dLogits is null) return (loss.MoveToOuterDisposeScope(), null);
+        head.AccumulateGradients(hidden, dLogits);
+        var dHidden = needsHiddenGradient ? head.InputGradient(dLogits).MoveToOuterDisposeScope() : null;
+        return (loss.MoveToOuterDisposeScope(), dHidden);
+    }
+
+    /// <summary>The positions of labels that are not ignored, [n] int64, after checking that shapes and labels fit.</summary>
+    public static Tensor ValidRows(Tensor hidden, Tensor labels, long vocabulary)
+    {
+        using var scope = NewDisposeScope();
+        if (labels.dtype != ScalarType.Int64) throw new ArgumentException($"Labels must be Int64, and are {labels.dtype}.", nameof(labels));
+        if (hidden.dim() != labels.dim() + 1 || !hidden.shape.AsSpan(0, (int)labels.dim()).SequenceEqual(labels.shape))
+            throw new ArgumentException($"Hidden states [{string.Join(", ", hidden.shape)}] do not fit labels [{string.Join(", ", labels.shape)}]: the latter must be the former without the last dimension.", nameof(labels));
+        var flat = labels.reshape(-1);
+        var rows = flat.ne(IgnoreIndex).nonzero().reshape(-1);
+        if (rows.numel() > 0)
+        {
+            var valid = flat.index_select(0, rows);
+            long lowest = valid.min().item<long>(), highest = valid.max().item<long>();
+            if (lowest < 0 || highest >= vocabulary)
+                throw new ArgumentException($"Label {(lowest < 0 ? lowest : highest)} is outside the vocabulary 0..{vocabulary - 1} (and is not {IgnoreIndex}, which asks for no loss).", nameof(labels));
+        }
+        return rows.MoveToOuterDisposeScope();
+    }
+
+    // p = softmax(z); d(−log p[y]) / dz = p − onehot(y). z is overwritten by each of its successors.
+    private static (Tensor Loss, Tensor? LogitGradient) LossAndLogitGradient(Tensor hidden, Projection head, Tensor labels, double? scale)
+    {
+        var logits = head.forward(hidden);
+        var z = logits.to(Gradients.AccumulationType(logits.dtype));
+        if (!ReferenceEquals(z, logits)) logits.Dispose();
+        var y = labels.unsqueeze(1);
+        var wanted = z.gather(1, y);
+        var max = z.amax([1], keepdim: true);
+        var sum = z.sub_(max).exp_().sum(1, keepdim: true);                      // z is now exp(z − max)
+        var loss = (sum.log() + max - wanted).sum(type: ScalarType.Float64);
+        if (scale is not { } s) return (loss, null);
+        z.mul_(sum.reciprocal_().mul_(s));                                       // s · p
+        z.scatter_add_(1, y, full_like(wanted, -s));                             // s · (p − onehot)
+        return (loss, z.to(hidden.dtype));
+    }
+
+    private static Tensor SumChunks(Tensor hidden, Projection head, Tensor labels, Tensor rows, int chunkSize, GradientSink? sink)
+    {
+        using var scope = NewDisposeScope();
+        var x = hidden.reshape(-1, hidden.size(-1));
+        var y = labels.reshape(-1);
+        var total = zeros([], ScalarType.Float64, hidden.device);
+        Chunking.ForEach(rows.numel(), Chunking.Rows(chunkSize, rows.numel(), head.Weight.size(0), x.dtype), (start, count) =>
+        {
+            var at = rows.narrow(0, start, count);
+            var h = x.index_select(0, at);
+            var (loss, dLogits) = LossAndLogitGradient(h, head, y.index_select(0, at), sink is null ? null : 1);
+            total.add_(loss);
+            sink?.Add(start, h, dLogits!);
+        });
+        return total.MoveToOuterDisposeScope();
+    }
+
+    /// <summary>Gradients for an upstream gradient that is known only in backward: the head's are held apart and scaled then.</summary>
+    private sealed class GradientSink
+    {
+        private readonly Projection _head;
+        private readonly long[] _shape;
+        private readonly Tensor _rows;
+        private readonly Tensor? _dHidden; // [n, d], the rows that have a label
+        private readonly Tensor? _dWeight;
+        private readonly Tensor? _dBias;
+
+        public GradientSink(Tensor hidden, Projection head, Tensor rows)
+        {
+            (_head, _shape) = (head, hidden.shape);
+            _rows = rows.alias().DetachFromDisposeScope();
+            _dHidden = hidden.requires_grad ? empty([rows.numel(), hidden.size(-1)], hidden.dtype, hidden.device).DetachFromDisposeScope() : null;
+            _dWeight = Zeros(head.Weight);
+            _dBias = Zeros(head.Bias);
+        }
+
+        private static Tensor? Zeros(Tensor? parameter) => parameter is { requires_grad: true }
+            ? zeros(parameter.shape, Gradients.AccumulationType(parameter.dtype), parameter.device).DetachFromDisposeScope()
+            : null;
+
+        public void Add(long start, Tensor h, Tensor dLogits)
+        {
+            if (_dWeight is not null)
+            {
+                if (_dWeight.dtype == dLogits.dtype) _dWeight.addmm_(dLogits.t(), h);
+                else _dWeight.add_(dLogits.t().mm(h));
+            }
+            _dBias?.add_(dLogits.sum(0, type: _dBias.dtype));
+            _dHidden?.narrow(0, start, h.size(0)).copy_(_head.InputGradient(dLogits));
+        }
+
+        /// <summary>Scales by the upstream gradient, accumulates the head's gradients and returns that of the hidden states.</summary>
+        public Tensor? Finish(Tensor upstream)
+        {
+            AccumulateScaled(_head.Weight, _dWeight, upstream);
+            if (_head.Bias is not null) AccumulateScaled(_head.Bias, _dBias, upstream);
+            if (_dHidden is null) return null;
+            using (_dHidden)
+            using (_rows)
+            using (NewDisposeScope())
+            {
+                var full = zeros([_shape[..^1].Aggregate(1L, (a, b) => a * b), _shape[^1]], _dHidden.dtype, _dHidden.device);
+                full.index_copy_(0, _rows, _dHidden.mul_(upstream.to(_dHidden.dtype)));
+                return full.view(_shape).MoveToOuterDisposeScope();
+            }
+        }
+
+        private static void AccumulateScaled(Tensor parameter, Tensor? gradient, Tensor upstream)
+        {
+            if (gradient is null) return;
+            using (gradient)
+            using (var scale = upstream.to(gradient.dtype))
+                Gradients.Accumulate(parameter, gradient.mul_(scale));
+        }
+    }
+}

@@ -1,0 +1,58 @@
+using TorchSharp.Modules;
+using static TorchSharp.torch;
+
+namespace MiniSeq.Layers;
+
+/// <summary>
+/// RMSNorm, y = x / √(mean(x²) + ε) ⊙ w (Zhang and Sennrich 2019, arXiv 1910.07467), statistics in float32 or better.
+/// Row-wise, so a forward/backward pair serves any mini-sequence. Parameter name: <c>weight</c> [d].
+/// </summary>
+public sealed class RmsNorm : nn.Module<Tensor, Tensor>
+{
+    private readonly Parameter _weight;
+    private readonly double _eps;
+
+    /// <summary>A norm with weight 1.</summary>
+    /// <param name="hiddenSize">d, the last dimension of x.</param>
+    /// <param name="eps">ε, Hugging Face <c>rms_norm_eps</c>.</param>
+    /// <param name="dtype">Type of the weight.</param>
+    /// <param name="device">Device of the weight.</param>
+    public RmsNorm(long hiddenSize, double eps = 1e-6, ScalarType dtype = ScalarType.Float32, Device? device = null) : base(nameof(RmsNorm))
+    {
+        using var noGrad = no_grad();
+        _weight = new Parameter(ones(hiddenSize, dtype, device));
+        _eps = eps;
+        register_parameter("weight", _weight);
+    }
+
+    /// <summary>w, [d].</summary>
+    public Parameter Weight => _weight;
+
+    /// <summary>y, same shape and type as x [.., d]. Records an ordinary autograd graph.</summary>
+    public override Tensor forward(Tensor input)
+    {
+        using var scope = NewDisposeScope();
+        var (normed, _) = Normalize(input);
+        return (normed.to(input.dtype) * _weight).MoveToOuterDisposeScope();
+    }
+
+    /// <summary>dx for dy, both [rows, d]; the weight's gradient is accumulated.</summary>
+    /// <remarks>n = x r, r = (mean(x²) + ε)^−½; dw = Σ dy ⊙ n; g = dy ⊙ w; dx = r (g − n mean(g ⊙ n)).</remarks>
+    public Tensor Backward(Tensor x, Tensor dy)
+    {
+        using var scope = NewDisposeScope();
+        var (n, r) = Normalize(x);
+        var g = dy.to(n.dtype);
+        if (_weight.requires_grad) Gradients.Accumulate(_weight, (g * n).sum(dim: 0));
+        g = g * _weight;
+        var mean = (g * n).mean([-1], keepdim: true);
+        return g.sub_(n.mul_(mean)).mul_(r).to(x.dtype).MoveToOuterDisposeScope();
+    }
+
+    private (Tensor Normed, Tensor InverseRms) Normalize(Tensor x)
+    {
+        var wide = x.to(Gradients.AccumulationType(x.dtype));
+        var r = (wide * wide).mean([-1], keepdim: true).add_(_eps).rsqrt_();
+        return (wide * r, r);
+    }
+}
