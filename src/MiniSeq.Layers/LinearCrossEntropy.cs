@@ -66,6 +66,19 @@ public static class LinearCrossEntropy
         return (loss.MoveToOuterDisposeScope(), dHidden);
     }
 
+    /// <summary>Loss and correct greedy predictions of one mini-sequence, without gradients: evaluation. Shapes as in <see cref="Chunk"/>; both results are scalars.</summary>
+    public static (Tensor LossSum, Tensor Correct) Score(Tensor hidden, Projection head, Tensor labels)
+    {
+        using var scope = NewDisposeScope();
+        using var noGrad = no_grad();
+        var logits = head.forward(hidden);
+        var z = logits.to(Gradients.AccumulationType(logits.dtype));
+        var correct = z.argmax(1).eq(labels).sum();
+        var wanted = z.gather(1, labels.unsqueeze(1)).squeeze(1);
+        var loss = (z.logsumexp(1) - wanted).sum(ScalarType.Float64);
+        return (loss.MoveToOuterDisposeScope(), correct.MoveToOuterDisposeScope());
+    }
+
     /// <summary>The positions of labels that are not ignored, [n] int64, after checking that shapes and labels fit.</summary>
     public static Tensor ValidRows(Tensor hidden, Tensor labels, long vocabulary)
     {

@@ -1,0 +1,206 @@
+using MiniSeq.Layers;
+using static TorchSharp.torch;
+
+namespace MiniSeq.Models;
+
+/// <summary>How a training step trades memory for time.</summary>
+/// <param name="ChunkSize">Rows of a mini-sequence in the layers and the LM head, or <see cref="Chunking.Auto"/>.</param>
+/// <param name="KeepAttention">Whether attention's output and log-sum-exp are kept for backward: d more numbers a token and layer, and attention runs forward once, not twice.</param>
+public sealed record ComputeOptions(int ChunkSize = Chunking.Auto, bool KeepAttention = false);
+
+/// <summary>The score of a batch under the model.</summary>
+/// <param name="LossSum">Σ −log p(target), in nats.</param>
+/// <param name="TargetCount">Targets that count.</param>
+/// <param name="Correct">Targets that the greedy prediction hits.</param>
+public readonly record struct TokenScore(double LossSum, long TargetCount, long Correct)
+{
+    /// <summary>The sum of two scores.</summary>
+    public static TokenScore operator +(TokenScore a, TokenScore b) => new(a.LossSum + b.LossSum, a.TargetCount + b.TargetCount, a.Correct + b.Correct);
+}
+
+/// <summary>
+/// A causal language model: embedding, decoder layers, norm and LM head, with parameters named as in Hugging Face checkpoints.
+/// Training is driven, not recorded: <see cref="ForwardBackward"/> walks the layers itself and builds no graph across them.
+/// </summary>
+/// <remarks>
+/// Kept from forward to backward: each layer's input, L · rows · d numbers. At work in backward: one layer, of which only attention
+/// sees all rows. The MLP and the LM head hold one mini-sequence (arXiv 2407.15892).
+/// </remarks>
+public sealed class CausalLM : nn.Module<Tensor, Tensor>
+{
+    private readonly TokenEmbedding _embedding;
+    private readonly DecoderLayer[] _layers;
+    private readonly RmsNorm _norm;
+    private readonly Projection _head;
+    private readonly RotaryEmbedding _rotary;
+
+    /// <summary>A model with new weights, normal with <see cref="DecoderConfig.InitializerRange"/>, from torch's random state.</summary>
+    public CausalLM(DecoderConfig config, ScalarType dtype = ScalarType.Float32, Device? device = null) : this(config, dtype, device, initialize: true)
+    {
+    }
+
+    internal CausalLM(DecoderConfig config, ScalarType dtype, Device? device, bool initialize) : base(nameof(CausalLM))
+    {
+        (Config, DType, Device) = (config, dtype, device ?? CPU);
+        _embedding = new TokenEmbedding(config.VocabSize, config.HiddenSize, dtype, device);
+        _layers = [.. Enumerable.Range(0, config.NumHiddenLayers).Select(_ => new DecoderLayer(config, dtype, device))];
+        _norm = new RmsNorm(config.HiddenSize, config.RmsNormEps, dtype, device);
+        _head = config.TieWordEmbeddings ? new Projection(_embedding.Weight) : new Projection(config.HiddenSize, config.VocabSize, false, dtype, device);
+        _rotary = new RotaryEmbedding(config.HeadDim, config.RopeTheta, dtype, device);
+        register_module("model", new ModuleGroup(("embed_tokens", _embedding), ("layers", new ModuleGroup([.. _layers.Select((l, i) => ($"{i}", (nn.Module)l))])), ("norm", _norm)));
+        if (!config.TieWordEmbeddings) register_module("lm_head", _head);
+        if (initialize) Initialize();
+    }
+
+    /// <summary>Shape of the model.</summary>
+    public DecoderConfig Config { get; }
+
+    /// <summary>Type of the weights and of the computation.</summary>
+    public ScalarType DType { get; }
+
+    /// <summary>Where the weights are.</summary>
+    public Device Device { get; }
+
+    internal IReadOnlyList<DecoderLayer> Layers => _layers;
+
+    internal TokenEmbedding Embedding => _embedding;
+
+    internal RmsNorm Norm => _norm;
+
+    internal Projection Head => _head;
+
+    internal RotaryEmbedding Rotary => _rotary;
+
+    /// <summary>Logits [batch, S, V] of ids [batch, S], without gradients: for a look at a short text.</summary>
+    public override Tensor forward(Tensor input)
+    {
+        using var scope = NewDisposeScope();
+        using var noGrad = no_grad();
+        using var batch = new TokenBatch([.. Enumerable.Range(0, (int)input.size(0)).Select(b => { var ids = input[b].data<long>().ToArray(); return new TokenSequence(ids, ids); })], Device);
+        var logits = _head.forward(_norm.forward(Hidden(batch, new ComputeOptions())));
+        return logits.view(input.size(0), input.size(1), -1).MoveToOuterDisposeScope();
+    }
+
+    /// <summary>The loss of a batch and, added to every trained parameter's <c>.grad</c>, the gradients of scale · Σ loss.</summary>
+    /// <param name="batch">Packed documents.</param>
+    /// <param name="scale">1 / (targets of all micro-batches of the step) makes the gradient of the exact mean.</param>
+    /// <param name="options">Chunk size and what to keep.</param>
+    /// <returns>Loss sum and targets; with no target at all the loss is 0 and no gradient is touched.</returns>
+    public TokenLoss ForwardBackward(TokenBatch batch, double scale, ComputeOptions? options = null)
+    {
+        options ??= new ComputeOptions();
+        using var scope = NewDisposeScope();
+        using var noGrad = no_grad();
+        var targets = Targets(batch);
+        if (targets.numel() == 0) return new TokenLoss(zeros([], ScalarType.Float64).MoveToOuterDisposeScope(), 0);
+        var rows = Rows(batch, options);
+        var inputs = new Tensor[_layers.Length]; // what backward starts from, layer by layer
+        var kept = new Attention.Result?[_layers.Length];
+        var x = _embedding.forward(batch.InputIds);
+        for (int l = 0; l < _layers.Length; l++)
+        {
+            inputs[l] = x;
+            x = _layers[l].Forward(x, rows, (q, k, v) => Attend(l, q, k, v));
+        }
+        var (loss, gradient) = HeadForwardBackward(x, batch.Targets, targets, scale, options);
+        x.Dispose();
+        for (int l = _layers.Length - 1; l >= 0; l--)
+        {
+            _layers[l].Backward_(inputs[l], gradient, rows, batch.Lengths, kept[l]);
+            inputs[l].Dispose();
+            kept[l]?.Dispose();
+        }
+        _embedding.Backward(batch.InputIds, gradient);
+        return new TokenLoss(loss.MoveToOuterDisposeScope(), targets.numel());
+
+        Tensor Attend(int l, Tensor q, Tensor k, Tensor v)
+        {
+            var result = Attention.Forward(q, k, v, batch.Lengths, _layers[l].AttentionScale);
+            if (!options.KeepAttention) return result.Output;
+            kept[l] = result.DetachFromDisposeScope();
+            return result.Output.alias();
+        }
+    }
+
+    /// <summary>The score of a batch, without gradients.</summary>
+    public TokenScore Evaluate(TokenBatch batch, ComputeOptions? options = null)
+    {
+        options ??= new ComputeOptions();
+        using var scope = NewDisposeScope();
+        using var noGrad = no_grad();
+        var targets = Targets(batch);
+        if (targets.numel() == 0) return default;
+        var x = Hidden(batch, options);
+        var (loss, correct) = (zeros([], ScalarType.Float64, Device), zeros([], ScalarType.Int64, Device));
+        Chunking.ForEach(targets.numel(), HeadRows(targets, options), (start, count) =>
+        {
+            var at = targets.narrow(0, start, count);
+            var (chunkLoss, chunkCorrect) = LinearCrossEntropy.Score(_norm.forward(x.index_select(0, at)), _head, batch.Targets.index_select(0, at));
+            loss.add_(chunkLoss);
+            correct.add_(chunkCorrect);
+        });
+        return new TokenScore(loss.item<double>(), targets.numel(), correct.item<long>());
+    }
+
+    // norm → LM head → loss and all the way back to the last layer's output, on the rows that have a target, a mini-sequence at a time.
+    private (Tensor Loss, Tensor Gradient) HeadForwardBackward(Tensor x, Tensor labels, Tensor targets, double scale, ComputeOptions options)
+    {
+        using var scope = NewDisposeScope();
+        var loss = zeros([], ScalarType.Float64, Device);
+        var gradient = zeros_like(x);
+        Chunking.ForEach(targets.numel(), HeadRows(targets, options), (start, count) =>
+        {
+            var at = targets.narrow(0, start, count);
+            var h = x.index_select(0, at);
+            var (chunkLoss, dn) = LinearCrossEntropy.Chunk(_norm.forward(h), _head, labels.index_select(0, at), scale);
+            loss.add_(chunkLoss);
+            gradient.index_copy_(0, at, _norm.Backward(h, dn!));
+        });
+        return (loss.MoveToOuterDisposeScope(), gradient.MoveToOuterDisposeScope());
+    }
+
+    // The last layer's output [rows, d], in one buffer.
+    private Tensor Hidden(TokenBatch batch, ComputeOptions options)
+    {
+        using var scope = NewDisposeScope();
+        var rows = Rows(batch, options);
+        var x = _embedding.forward(batch.InputIds);
+        foreach (var layer in _layers)
+            layer.Forward(x, rows, (q, k, v) => Attention.Forward(q, k, v, batch.Lengths, layer.AttentionScale).Output, inPlace: true);
+        return x.MoveToOuterDisposeScope();
+    }
+
+    private Tensor Targets(TokenBatch batch)
+    {
+        CheckIds(batch.InputIds);
+        using var shape = _norm.Weight.expand(batch.RowCount, -1);
+        return LinearCrossEntropy.ValidRows(shape, batch.Targets, Config.VocabSize);
+    }
+
+    internal void CheckIds(Tensor ids)
+    {
+        using var scope = NewDisposeScope();
+        long lowest = ids.min().item<long>(), highest = ids.max().item<long>();
+        if (lowest < 0 || highest >= Config.VocabSize)
+            throw new ArgumentException($"Token id {(lowest < 0 ? lowest : highest)} is outside the vocabulary 0..{Config.VocabSize - 1} of this model: is the tokenizer the model's own?");
+    }
+
+    private RowContext Rows(TokenBatch batch, ComputeOptions options) =>
+        new(batch.Positions, batch.Lengths.Max(), _rotary, Chunking.Rows(options.ChunkSize, batch.RowCount, Config.IntermediateSize, DType));
+
+    private long HeadRows(Tensor targets, ComputeOptions options) => Chunking.Rows(options.ChunkSize, targets.numel(), Config.VocabSize, DType);
+
+    private void Initialize()
+    {
+        using var noGrad = no_grad();
+        foreach (var (_, parameter) in named_parameters())
+            if (parameter.dim() == 2) parameter.normal_(0, Config.InitializerRange);
+    }
+
+    /// <inheritdoc/>
+    protected override void Dispose(bool disposing)
+    {
+        if (disposing) _rotary.Dispose();
+        base.Dispose(disposing);
+    }
+}

@@ -1,0 +1,181 @@
+using MiniSeq.Layers;
+using static TorchSharp.torch;
+
+namespace MiniSeq.Models;
+
+/// <summary>What the rows of one pass have in common.</summary>
+/// <param name="Positions">[rows] int64.</param>
+/// <param name="MaxLength">One more than the largest position.</param>
+/// <param name="Rotary">Tables of the rotary embedding.</param>
+/// <param name="ChunkRows">Rows of a mini-sequence.</param>
+internal sealed record RowContext(Tensor Positions, long MaxLength, RotaryEmbedding Rotary, long ChunkRows);
+
+/// <summary>
+/// One decoder layer, y = r + MLP(norm₂(r)), r = x + W_o attention(norm₁(x)), as a forward/backward pair over rows of a packed batch.
+/// </summary>
+/// <remarks>
+/// Everything but attention is row-wise and runs in mini-sequences; only q, k, v and attention's output exist for all rows at once.
+/// Backward recomputes from x. The MLP's output is never needed again, so each of its tiles goes forward and backward in one visit:
+/// the cost is that of plain recomputation. Weight gradients are added to <c>.grad</c>; the gradient of x replaces that of y in place.
+/// </remarks>
+internal sealed class DecoderLayer : nn.Module
+{
+    private readonly RmsNorm _norm1;
+    private readonly RmsNorm _norm2;
+    private readonly Projection _q;
+    private readonly Projection _k;
+    private readonly Projection _v;
+    private readonly Projection _o;
+    private readonly GatedMlp _mlp;
+    private readonly DecoderConfig _config;
+
+    public DecoderLayer(DecoderConfig config, ScalarType dtype, Device? device) : base(nameof(DecoderLayer))
+    {
+        _config = config;
+        long d = config.HiddenSize, queries = (long)config.NumAttentionHeads * config.HeadDim, keys = (long)config.NumKeyValueHeads * config.HeadDim;
+        _norm1 = new RmsNorm(d, config.RmsNormEps, dtype, device);
+        _norm2 = new RmsNorm(d, config.RmsNormEps, dtype, device);
+        _q = new Projection(d, queries, config.AttentionBias, dtype, device);
+        _k = new Projection(d, keys, config.AttentionBias, dtype, device);
+        _v = new Projection(d, keys, config.AttentionBias, dtype, device);
+        _o = new Projection(queries, d, config.AttentionBias, dtype, device);
+        _mlp = new GatedMlp(d, config.IntermediateSize, config.HiddenAct, config.MlpBias, dtype: dtype, device: device);
+        register_module("self_attn", new ModuleGroup(("q_proj", _q), ("k_proj", _k), ("v_proj", _v), ("o_proj", _o)));
+        register_module("mlp", _mlp);
+        register_module("input_layernorm", _norm1);
+        register_module("post_attention_layernorm", _norm2);
+    }
+
+    /// <summary>Factor of Q Kᵀ.</summary>
+    public double AttentionScale => 1 / Math.Sqrt(_config.HeadDim);
+
+    /// <summary>y for x, both [rows, d]; records no graph.</summary>
+    /// <param name="x">Left as it is, unless <paramref name="inPlace"/>.</param>
+    /// <param name="rows">Positions and chunk size.</param>
+    /// <param name="attend">Attention's output [rows, Hq, D] from q [rows, Hq, D] and k, v [rows, Hkv, D].</param>
+    /// <param name="inPlace">y takes the memory of x.</param>
+    public Tensor Forward(Tensor x, RowContext rows, Func<Tensor, Tensor, Tensor, Tensor> attend, bool inPlace = false)
+    {
+        using var scope = NewDisposeScope();
+        Tensor output;
+        using (NewDisposeScope())
+        {
+            var (q, k, v) = QueryKeyValue(x, rows);
+            output = attend(q, k, v).MoveToOuterDisposeScope();
+        }
+        var attention = output.flatten(1);
+        var y = inPlace ? x : empty_like(x);
+        Chunking.ForEach(x.size(0), rows.ChunkRows, (start, count) =>
+        {
+            var r = AfterAttention(x.narrow(0, start, count), attention.narrow(0, start, count));
+            y.narrow(0, start, count).copy_(r.add_(_mlp.ForwardChunk(_norm2.forward(r))));
+        });
+        return inPlace ? x : y.MoveToOuterDisposeScope();
+    }
+
+    /// <summary>Turns the gradient of y [rows, d] into that of x, in its own memory, and accumulates the weights' gradients.</summary>
+    /// <param name="x">The layer's input, kept from forward.</param>
+    /// <param name="gradient">dy when called, dx when done.</param>
+    /// <param name="rows">As in forward.</param>
+    /// <param name="lengths">Rows of each document.</param>
+    /// <param name="kept">Attention's result where it was kept, else it is computed again.</param>
+    public void Backward_(Tensor x, Tensor gradient, RowContext rows, IReadOnlyList<long> lengths, Attention.Result? kept)
+    {
+        using var scope = NewDisposeScope();
+        Tensor dq, dk, dv;
+        using (NewDisposeScope())
+        {
+            var (q, k, v) = QueryKeyValue(x, rows);
+            var attention = kept ?? Attention.Forward(q, k, v, lengths, AttentionScale);
+            var dOutput = BackwardAfterAttention(x, gradient, attention.Output, rows);
+            (dq, dk, dv) = Attention.Backward(dOutput, q, k, v, attention, lengths, AttentionScale);
+            foreach (var t in new[] { dq, dk, dv }) t.MoveToOuterDisposeScope();
+        }
+        BackwardBeforeAttention(x, gradient, dq, dk, dv, rows);
+    }
+
+    /// <summary>The layer as a user of TorchSharp would write it, recorded by autograd: x [batch, S, d], positions 0..S−1.</summary>
+    public Tensor Plain(Tensor x, RotaryEmbedding rotary)
+    {
+        using var scope = NewDisposeScope();
+        var (cos, sin) = rotary.Rows(arange(x.size(1), ScalarType.Int64, x.device), x.size(1));
+        var h = _norm1.call(x);
+        var q = RotaryEmbedding.Rotate(Heads(_q.call(h)), cos, sin).transpose(1, 2);
+        var k = RotaryEmbedding.Rotate(Heads(_k.call(h)), cos, sin).transpose(1, 2);
+        var v = Heads(_v.call(h)).transpose(1, 2);
+        var attention = Attention.Plain(q, k, v, AttentionScale).transpose(1, 2).flatten(2);
+        var r = x + _o.call(attention);
+        var n = _norm2.call(r);
+        var gate = _mlp.GateProj.call(n);
+        var act = _config.HiddenAct == Activation.Silu ? nn.functional.silu(gate) : nn.functional.gelu(gate, TorchSharp.Modules.GELU.Approximate.tanh);
+        return (r + _mlp.DownProj.call(act * _mlp.UpProj.call(n))).MoveToOuterDisposeScope();
+    }
+
+    // norm → q, k, v → rotary, a mini-sequence at a time.
+    private (Tensor Q, Tensor K, Tensor V) QueryKeyValue(Tensor x, RowContext rows)
+    {
+        Tensor All(int heads) => empty([x.size(0), heads, _config.HeadDim], x.dtype, x.device);
+        var (q, k, v) = (All(_config.NumAttentionHeads), All(_config.NumKeyValueHeads), All(_config.NumKeyValueHeads));
+        Chunking.ForEach(x.size(0), rows.ChunkRows, (start, count) =>
+        {
+            var h = _norm1.forward(x.narrow(0, start, count));
+            var (cos, sin) = rows.Rotary.Rows(rows.Positions.narrow(0, start, count), rows.MaxLength);
+            var (qc, kc) = (q.narrow(0, start, count), k.narrow(0, start, count));
+            RotaryEmbedding.Rotate_(qc.copy_(Heads(_q.forward(h))), cos, sin);
+            RotaryEmbedding.Rotate_(kc.copy_(Heads(_k.forward(h))), cos, sin);
+            v.narrow(0, start, count).copy_(Heads(_v.forward(h)));
+        });
+        return (q, k, v);
+    }
+
+    private Tensor AfterAttention(Tensor x, Tensor attention) => _o.forward(attention).add_(x);
+
+    // dy → dr in place, and the gradient of attention's output.
+    private Tensor BackwardAfterAttention(Tensor x, Tensor gradient, Tensor output, RowContext rows)
+    {
+        var dOutput = empty_like(output);
+        var (attention, dAttention) = (output.flatten(1), dOutput.flatten(1));
+        Chunking.ForEach(x.size(0), rows.ChunkRows, (start, count) =>
+        {
+            var a = attention.narrow(0, start, count);
+            var r = AfterAttention(x.narrow(0, start, count), a);
+            var dr = gradient.narrow(0, start, count);
+            dr.add_(_norm2.Backward(r, _mlp.BackwardChunk(_norm2.forward(r), dr)!)); // dr = dy + the way through the MLP
+            _o.AccumulateGradients(a, dr);
+            dAttention.narrow(0, start, count).copy_(_o.InputGradient(dr));
+        });
+        return dOutput;
+    }
+
+    // dr → dx in place, from the gradients of q, k and v.
+    private void BackwardBeforeAttention(Tensor x, Tensor gradient, Tensor dq, Tensor dk, Tensor dv, RowContext rows) =>
+        Chunking.ForEach(x.size(0), rows.ChunkRows, (start, count) =>
+        {
+            var xc = x.narrow(0, start, count);
+            var h = _norm1.forward(xc);
+            var (cos, sin) = rows.Rotary.Rows(rows.Positions.narrow(0, start, count), rows.MaxLength);
+            sin.neg_(); // the gradient of a rotation turns back
+            RotaryEmbedding.Rotate_(dq.narrow(0, start, count), cos, sin);
+            RotaryEmbedding.Rotate_(dk.narrow(0, start, count), cos, sin);
+            Tensor? dh = null;
+            foreach (var (projection, all) in new[] { (_q, dq), (_k, dk), (_v, dv) })
+            {
+                var d = all.narrow(0, start, count).flatten(1);
+                projection.AccumulateGradients(h, d);
+                if (dh is null) dh = projection.InputGradient(d);
+                else projection.AddInputGradient(dh, d);
+            }
+            gradient.narrow(0, start, count).add_(_norm1.Backward(xc, dh!));
+        });
+
+    private Tensor Heads(Tensor t) => t.view([.. t.shape[..^1], -1, _config.HeadDim]);
+}
+
+/// <summary>A named group of modules that computes nothing: it gives parameters their Hugging Face prefix.</summary>
+internal sealed class ModuleGroup : nn.Module
+{
+    public ModuleGroup(params (string Name, nn.Module Module)[] children) : base(nameof(ModuleGroup))
+    {
+        foreach (var (name, module) in children) register_module(name, module);
+    }
+}

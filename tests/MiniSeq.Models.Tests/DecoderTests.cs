@@ -1,0 +1,160 @@
+using MiniSeq.Layers;
+using MiniSeq.Models;
+using static MiniSeq.Tests.Reference;
+using static TorchSharp.torch;
+
+namespace MiniSeq.Tests;
+
+public sealed class DecoderTests
+{
+    internal static DecoderConfig Tiny(bool tied = false) => DecoderConfig.Llama(31, 12, 20, 3, 3, 1, tied) with { HeadDim = 4, InitializerRange = 0.3 };
+
+    private static (TokenBatch Batch, Tensor Ids, Tensor Labels) Batch(int rows, int length, int seed)
+    {
+        random.manual_seed(seed);
+        var ids = randint(0, 31, [rows, length], ScalarType.Int64);
+        var labels = ids.clone();
+        labels[.., ..(length / 3)] = -100;
+        var documents = Enumerable.Range(0, rows).Select(b => new TokenSequence(ids[b].data<long>().ToArray(), labels[b].data<long>().ToArray())).ToList();
+        return (new TokenBatch(documents), ids, labels);
+    }
+
+    [Theory]
+    [InlineData(false, 1, false)]
+    [InlineData(true, 5, true)]
+    [InlineData(false, 0, true)]
+    public void DrivenEqualsPlain(bool tied, int chunk, bool keepAttention)
+    {
+        using var scope = NewDisposeScope();
+        using var model = new CausalLM(Tiny(tied), ScalarType.Float64);
+        var (batch, ids, labels) = Batch(2, 11, 5);
+        using var plain = PlainDecoder.LossSum(model, ids, labels);
+        (plain * 0.25).backward();
+        var want = GradientsOf(model);
+        ClearGradients(model);
+
+        using var loss = model.ForwardBackward(batch, 0.25, new ComputeOptions(chunk, keepAttention));
+        Close(loss.LossSum, plain, 1e-12);
+        foreach (var (name, gradient) in GradientsOf(model)) Close(gradient, want[name], 1e-11);
+        Assert.Equal(plain.item<double>(), model.Evaluate(batch, new ComputeOptions(chunk)).LossSum, 1e-9);
+        Close(model.call(ids), PlainDecoder.Logits(model, ids), 1e-12);
+
+        ClearGradients(model);
+        PlainDecoder.LossSum(model, ids, labels, recompute: true).mul(0.25).backward();
+        foreach (var (name, gradient) in GradientsOf(model)) Close(gradient, want[name], 1e-11);
+        batch.Dispose();
+    }
+
+    [Fact]
+    public void PackingDoesNotChangeADocument()
+    {
+        using var scope = NewDisposeScope();
+        using var model = new CausalLM(Tiny(), ScalarType.Float64);
+        TokenSequence Document(int n, int seed)
+        {
+            random.manual_seed(seed);
+            var ids = randint(0, 31, [n], ScalarType.Int64).data<long>().ToArray();
+            return new TokenSequence(ids, ids);
+        }
+        TokenSequence[] documents = [Document(7, 1), Document(1, 2), Document(13, 3)];
+        double alone = 0;
+        foreach (var d in documents)
+        {
+            using var one = new TokenBatch([d]);
+            using var loss = model.ForwardBackward(one, 1);
+            alone += loss.LossSum.item<double>();
+        }
+        var want = GradientsOf(model);
+        ClearGradients(model);
+        using var packed = new TokenBatch(documents);
+        using var together = model.ForwardBackward(packed, 1, new ComputeOptions(4));
+        Assert.Equal(18, together.TokenCount);
+        Assert.Equal(alone, together.LossSum.item<double>(), 1e-9);
+        foreach (var (name, gradient) in GradientsOf(model)) Close(gradient, want[name], 1e-11);
+    }
+
+    [Fact]
+    public void NoTargetAtAllTouchesNothing()
+    {
+        using var scope = NewDisposeScope();
+        using var model = new CausalLM(Tiny());
+        using var batch = new TokenBatch([new TokenSequence([1, 2, 3], [-100, -100, -100])]);
+        using var loss = model.ForwardBackward(batch, 1);
+        Assert.Equal((0.0, 0L), (loss.Mean, loss.TokenCount));
+        Assert.All(model.parameters(), p => Assert.Null(p.grad));
+        Assert.Equal(default, model.Evaluate(batch));
+    }
+
+    [Fact]
+    public void FrozenParametersGetNoGradientAndTheRestIsUnchanged()
+    {
+        using var scope = NewDisposeScope();
+        using var model = new CausalLM(Tiny(), ScalarType.Float64);
+        var (batch, _, _) = Batch(1, 9, 6);
+        model.ForwardBackward(batch, 1).Dispose();
+        var want = GradientsOf(model);
+        ClearGradients(model);
+        foreach (var (name, p) in model.named_parameters()) p.requires_grad = name.Contains("v_proj");
+        model.ForwardBackward(batch, 1).Dispose();
+        foreach (var (name, gradient) in GradientsOf(model))
+            if (name.Contains("v_proj")) Close(gradient, want[name], 1e-12);
+            else Assert.Null(gradient);
+        batch.Dispose();
+    }
+
+    [Fact]
+    public void BFloat16StaysNearFloat32()
+    {
+        using var scope = NewDisposeScope();
+        using var wide = new CausalLM(Tiny());
+        using var narrow = new CausalLM(Tiny(), ScalarType.BFloat16);
+        using (no_grad())
+            foreach (var ((_, a), (_, b)) in narrow.named_parameters().Zip(wide.named_parameters())) a.copy_(b);
+        var (batch, _, _) = Batch(2, 20, 7);
+        wide.ForwardBackward(batch, 0.1).Dispose();
+        narrow.ForwardBackward(batch, 0.1, new ComputeOptions(4)).Dispose();
+        var want = GradientsOf(wide);
+        foreach (var (name, gradient) in GradientsOf(narrow)) Close(gradient, want[name], 0.08); // bfloat16 has 8 bits: 0.4% an operation
+        batch.Dispose();
+    }
+
+    [Fact]
+    public void ParameterNamesAreHuggingFaces()
+    {
+        using var model = new CausalLM(DecoderConfig.Llama(31, 12, 20, 1, 3, 1));
+        Assert.Equal(["lm_head.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight",
+            "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight",
+            "model.layers.0.post_attention_layernorm.weight", "model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.o_proj.weight",
+            "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.v_proj.weight", "model.norm.weight"],
+            model.named_parameters().Select(p => p.name).Order(StringComparer.Ordinal));
+    }
+
+    [Fact]
+    public void ATokenOutsideTheVocabularyIsNamed()
+    {
+        using var model = new CausalLM(Tiny());
+        using var batch = new TokenBatch([new TokenSequence([1, 31], [1, 2])]);
+        Assert.Contains("Token id 31", Assert.Throws<ArgumentException>(() => model.ForwardBackward(batch, 1)).Message);
+        Assert.Throws<ArgumentException>(() => new TokenBatch([]));
+        Assert.Throws<ArgumentException>(() => new TokenBatch([new TokenSequence([], [])]));
+    }
+
+    [Fact]
+    public void MemoryOfAStepDoesNotHoldTheVocabularyOrTheIntermediateForAllRows()
+    {
+        Assert.SkipUnless(TensorMemory.StartCounting(), "no exact counter here");
+        using var model = new CausalLM(DecoderConfig.Llama(8192, 32, 1024, 2, 2, 1));
+        long Peak(int length)
+        {
+            long[] ids = [.. Enumerable.Range(0, length).Select(i => (long)(i * 7 % 8192))];
+            using var batch = new TokenBatch([new TokenSequence(ids, ids)]);
+            long before = TensorMemory.LiveBytes;
+            TensorMemory.ResetPeak();
+            model.ForwardBackward(batch, 1, new ComputeOptions(256)).Dispose();
+            return TensorMemory.PeakBytes - before;
+        }
+        Peak(512);
+        long perRow = (Peak(4096) - Peak(2048)) / 2048;
+        Assert.InRange(perRow, 0, 4 * 32 * 16); // 16 vectors of the hidden size; one row of logits alone would be 32 kB
+    }
+}
