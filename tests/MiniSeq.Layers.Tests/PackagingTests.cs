@@ -54,6 +54,26 @@ public sealed class PackagingTests : IDisposable
         Assert.Equal(before, await File.ReadAllBytesAsync(original, token));
     }
 
+    [Fact(Timeout = 300_000)]
+    public async Task A_need_that_is_really_used_stays_strong()
+    {
+        Assert.SkipUnless(OperatingSystem.IsLinux(), "The file is of Linux.");
+        CancellationToken token = TestContext.Current.CancellationToken;
+        // GLIBCXX_3.4.30 (condition_variable::wait) is used; under another name it looks like one of the two.
+        byte[] content = await File.ReadAllBytesAsync(Path.Combine(AppContext.BaseDirectory, Library), token);
+        int name = content.AsSpan().IndexOf("GLIBCXX_3.4.30\0"u8);
+        Assert.SkipUnless(name > 0, "This version of the library has no such need.");
+        content[name + "GLIBCXX_3.4.3".Length] = (byte)'1';
+        string file = Path.Combine(_folder, Library);
+        await File.WriteAllBytesAsync(file, content, token);
+
+        (string used, string output) = await RunTargets(file);
+        Assert.NotEqual(file, used);
+        Assert.Contains("GLIBCXX_3.4.31", StrongNeeds(used));
+        Assert.Contains("GLIBCXX_3.4.31 is really used", output, StringComparison.Ordinal);
+        Assert.Equal(content, await File.ReadAllBytesAsync(used, token));
+    }
+
     [Theory(Timeout = 300_000)]
     [InlineData("text")]
     [InlineData("32-bit")]
