@@ -77,7 +77,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();
         using var batch = new TokenBatch([.. Enumerable.Range(0, (int)input.size(0)).Select(b => { var ids = input[b].data<long>().ToArray(); return new TokenSequence(ids, ids); })], Device);
-        var logits = _head.forward(_norm.forward(Hidden(batch, new ComputeOptions())));
+        var logits = _head.forward(_norm.forward(Hidden(batch, new ComputeOptions(), default)));
         return logits.view(input.size(0), input.size(1), -1).MoveToOuterDisposeScope();
     }
 
@@ -85,8 +85,10 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     /// <param name="batch">Packed documents.</param>
     /// <param name="scale">1 / (targets of all micro-batches of the step) makes the gradient of the exact mean.</param>
     /// <param name="options">Chunk size and what to keep.</param>
+    /// <param name="cancellationToken">Looked at before each layer; gradients are then incomplete.</param>
     /// <returns>Loss sum and targets; with no target at all the loss is 0 and no gradient is touched.</returns>
-    public TokenLoss ForwardBackward(TokenBatch batch, double scale, ComputeOptions? options = null)
+    /// <exception cref="ArgumentException">A token or label is outside the vocabulary.</exception>
+    public TokenLoss ForwardBackward(TokenBatch batch, double scale, ComputeOptions? options = null, CancellationToken cancellationToken = default)
     {
         options ??= new ComputeOptions();
         using var scope = NewDisposeScope();
@@ -99,6 +101,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         var x = _embedding.forward(batch.InputIds);
         for (int l = 0; l < _layers.Length; l++)
         {
+            cancellationToken.ThrowIfCancellationRequested();
             inputs[l] = x;
             x = _layers[l].Forward(x, rows, (q, k, v) => Attend(l, q, k, v));
         }
@@ -106,6 +109,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         x.Dispose();
         for (int l = _layers.Length - 1; l >= 0; l--)
         {
+            cancellationToken.ThrowIfCancellationRequested();
             _layers[l].Backward_(inputs[l], gradient, rows, batch.Lengths, kept[l]);
             inputs[l].Dispose();
             kept[l]?.Dispose();
@@ -123,14 +127,14 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     }
 
     /// <summary>The score of a batch, without gradients.</summary>
-    public TokenScore Evaluate(TokenBatch batch, ComputeOptions? options = null)
+    public TokenScore Evaluate(TokenBatch batch, ComputeOptions? options = null, CancellationToken cancellationToken = default)
     {
         options ??= new ComputeOptions();
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();
         var targets = Targets(batch);
         if (targets.numel() == 0) return default;
-        var x = Hidden(batch, options);
+        var x = Hidden(batch, options, cancellationToken);
         var (loss, correct) = (zeros([], ScalarType.Float64, Device), zeros([], ScalarType.Int64, Device));
         Chunking.ForEach(targets.numel(), HeadRows(targets, options), (start, count) =>
         {
@@ -160,13 +164,16 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     }
 
     // The last layer's output [rows, d], in one buffer.
-    private Tensor Hidden(TokenBatch batch, ComputeOptions options)
+    private Tensor Hidden(TokenBatch batch, ComputeOptions options, CancellationToken cancellationToken)
     {
         using var scope = NewDisposeScope();
         var rows = Rows(batch, options);
         var x = _embedding.forward(batch.InputIds);
         foreach (var layer in _layers)
+        {
+            cancellationToken.ThrowIfCancellationRequested();
             layer.Forward(x, rows, (q, k, v) => Attention.Forward(q, k, v, batch.Lengths, layer.AttentionScale).Output, inPlace: true);
+        }
         return x.MoveToOuterDisposeScope();
     }
 
