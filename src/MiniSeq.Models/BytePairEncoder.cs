@@ -8,8 +8,8 @@ internal readonly record struct Merge(string Left, string Right, int Rank);
 
 /// <summary>Byte-pair encoding with explicit merges, as Hugging Face and SentencePiece define it.</summary>
 /// <remarks>
-/// The merging is our own. Microsoft.ML.Tokenizers merges by token id or score instead of by the model's list, breaks ties between equal
-/// merges in another order (300 times "a" with Gemma), and needs quadratic time for long pieces; this takes n log n. Safe for many threads.
+/// The merging is our own. Microsoft.ML.Tokenizers merges by id or score instead of by the model's list and breaks ties between equal merges in
+/// another order (300 times "a" with Gemma), and its time grows with the square of a piece's length; this takes n log n. Safe for many threads.
 /// </remarks>
 internal sealed class BytePairEncoder
 {

@@ -1,3 +1,4 @@
+using System.Globalization;
 using System.Text;
 using System.Text.Json;
 
@@ -208,7 +209,7 @@ public sealed class HuggingFaceTokenizer
             new ModelConfig(Ids(root, "bos_token_id"), Ids(root, "eos_token_id"), Ids(root, "pad_token_id")));
 
     private static (AddedToken Token, bool Special) Added(JsonProperty entry) =>
-        (new AddedToken(entry.Value.GetProperty("content").GetString()!, int.Parse(entry.Name, System.Globalization.CultureInfo.InvariantCulture),
+        (new AddedToken(entry.Value.GetProperty("content").GetString()!, int.Parse(entry.Name, CultureInfo.InvariantCulture),
             Flag(entry.Value, "normalized") ?? false, Flag(entry.Value, "lstrip") ?? false, Flag(entry.Value, "rstrip") ?? false, Flag(entry.Value, "single_word") ?? false),
             Flag(entry.Value, "special") ?? false);
 
@@ -229,6 +230,7 @@ public sealed class HuggingFaceTokenizer
 }
 
 /// <summary>Turns ids into text one by one and never gives out part of a character (a code point).</summary>
+/// <remarks>Made by <see cref="HuggingFaceTokenizer.CreateStreamDecoder"/>; for one thread at a time.</remarks>
 public sealed class TokenStreamDecoder
 {
     private readonly HuggingFaceTokenizer _tokenizer;
@@ -259,11 +261,12 @@ public sealed class TokenStreamDecoder
     {
         var chars = new char[_utf8.GetCharCount(bytes, flush)];
         ReadOnlySpan<char> text = chars.AsSpan(0, _utf8.GetChars(bytes, chars, flush));
-        for (; _strip > 0 && text.Length > 0; _strip--)
-            if (text[0] == _tokenizer.Decoder.Stripped)
-                text = text[1..];
-            else
-                _strip = 1; // the loop makes it 0: only the beginning is stripped
+        while (_strip > 0 && text.Length > 0)
+        {
+            var strips = text[0] == _tokenizer.Decoder.Stripped;
+            _strip = strips ? _strip - 1 : 0;
+            text = strips ? text[1..] : text;
+        }
         return text.ToString();
     }
 }

@@ -421,7 +421,7 @@ internal static class Text
                 ? read(document.RootElement)
                 : throw new InvalidDataException($"{file}: the JSON is not an object.");
         }
-        catch (Exception fault) when (fault is JsonException or InvalidOperationException or FormatException or KeyNotFoundException)
+        catch (Exception fault) when (fault is JsonException or InvalidOperationException or FormatException or OverflowException or KeyNotFoundException)
         {
             // InvalidOperationException: a string that is no valid text, or a value of another kind than was asked for.
             throw new InvalidDataException($"{file}: malformed JSON: {fault.Message}", fault);

@@ -82,11 +82,12 @@ internal static class TokenizerJson
         { WholePieces = Flag(model, "ignore_merges") };
     }
 
+    /// <summary>A merge is "a b", or ["a", "b"] in newer files.</summary>
     private static Merge ParseMerge(JsonElement merge, int rank)
     {
-        if (merge.ValueKind == JsonValueKind.Array && merge.GetArrayLength() == 2)
-            return new Merge(merge[0].GetString()!, merge[1].GetString()!, rank);
-        var sides = merge.GetString()!.Split(' ');
+        var sides = merge.ValueKind == JsonValueKind.String ? merge.GetString()!.Split(' ')
+            : merge.ValueKind == JsonValueKind.Array ? [.. merge.EnumerateArray().Select(side => side.GetString() ?? "")]
+            : [];
         return sides.Length == 2 ? new Merge(sides[0], sides[1], rank) : throw new InvalidDataException($"merge {rank} is not a pair");
     }
 
@@ -138,7 +139,7 @@ internal static class TokenizerJson
                 return (text, first) => steps.Aggregate((IEnumerable<string>)[text],
                     (pieces, next) => pieces.SelectMany((piece, i) => next(piece, first && i == 0)));
             case "Split":
-                var splitter = new Splitter(Pattern(step), Enum.TryParse<SplitBehavior>(step.Get("behavior").GetString(), out var behavior)
+                var splitter = new Splitter(Pattern(step), Enum.TryParse<SplitBehavior>(step.Get("behavior").GetString(), out var behavior) && Enum.IsDefined(behavior)
                     ? behavior : throw new NotSupportedException($"the split behavior {step.Get("behavior")} is not supported."), Flag(step, "invert"));
                 return (text, _) => splitter.Split(text);
             case "Digits":
@@ -166,7 +167,7 @@ internal static class TokenizerJson
 
     private static Func<string, bool, IEnumerable<string>> Metaspace(JsonElement step)
     {
-        var mark = step.Get("replacement").GetString()!;
+        var mark = Mark(step);
         var scheme = PrependScheme(step);
         var splitter = Flag(step, "split", true) ? new Splitter(Regex.Escape(mark), SplitBehavior.MergedWithNext) : null;
         return (text, first) =>
@@ -177,6 +178,9 @@ internal static class TokenizerJson
             return splitter is null ? [text] : splitter.Split(text);
         };
     }
+
+    private static string Mark(JsonElement metaspace) =>
+        metaspace.Get("replacement").GetString() is { Length: > 0 } mark ? mark : throw new InvalidDataException("the replacement of a Metaspace is empty");
 
     private static string PrependScheme(JsonElement metaspace) =>
         Optional(metaspace, "prepend_scheme")?.GetString() ?? (Flag(metaspace, "add_prefix_space", true) ? "always" : "never");
@@ -242,7 +246,7 @@ internal static class TokenizerJson
             case "Metaspace":
                 return decoder with
                 {
-                    Replacements = [.. decoder.Replacements, (step.Get("replacement").GetString()!, " ")],
+                    Replacements = [.. decoder.Replacements, (Mark(step), " ")],
                     Strip = PrependScheme(step) == "never" ? 0 : 1,
                 };
             case var type:
@@ -251,7 +255,7 @@ internal static class TokenizerJson
     }
 
     private static int Id(JsonElement value, string token) =>
-        value.TryGetInt32(out var id) && id >= 0 ? id : throw new InvalidDataException($"the token {Text.Of(token)} has the id {value.GetRawText()}");
+        value.TryGetInt32(out var id) && id is >= 0 and < int.MaxValue ? id : throw new InvalidDataException($"the token {Text.Of(token)} has the id {value.GetRawText()}");
 
     private static string Type(JsonElement step) => step.Get("type").GetString()!;
 

@@ -133,7 +133,6 @@ public class SafetensorsTests
     {
         using var folder = new TemporaryFolder();
         using var good = ones(2);
-        using var disposed = ones(2, 2);
         SafetensorsWriter.Save(folder["a"], [("w", good)]);
         var old = File.ReadAllBytes(folder["a"]);
         using var complex = zeros(1, dtype: complex64);
@@ -143,6 +142,8 @@ public class SafetensorsTests
         var unreadable = new Dictionary<string, string> { ["long"] = new string('x', 100_000_000) };
         Assert.Contains("header", Assert.Throws<ArgumentException>(() => SafetensorsWriter.Save(folder["a"], [("w", good)], unreadable)).Message);
         Assert.Equal(old, File.ReadAllBytes(folder["a"]));
+        Directory.CreateDirectory(folder["taken"]); // the rename at the end fails
+        Assert.ThrowsAny<Exception>(() => SafetensorsWriter.Save(folder["taken"], [("w", good)]));
         Assert.Equal(["a"], Names(folder));
     }
 
