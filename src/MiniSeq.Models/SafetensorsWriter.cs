@@ -1,0 +1,224 @@
+using System.Buffers;
+using System.Text.Encodings.Web;
+using System.Text.Json;
+using System.Text.RegularExpressions;
+using static TorchSharp.torch;
+
+namespace MiniSeq.Models;
+
+/// <summary>Writes tensors as safetensors files, in one piece or sharded as Hugging Face does.</summary>
+/// <remarks>
+/// Files are written under temporary names in the same folder and renamed at the end: an interrupted save leaves the old files whole.
+/// Tensors are streamed one after the other; the writer copies a tensor only where it is on another device or not contiguous.
+/// </remarks>
+public static partial class SafetensorsWriter
+{
+    private const int _alignment = 8;
+    private const int _maxWriteBytes = 1 << 24;
+    private static readonly Dictionary<string, string> _defaultMetadata = new() { ["format"] = "pt" };
+
+    /// <summary>Writes one file.</summary>
+    /// <param name="path">The file to create or replace.</param>
+    /// <param name="tensors">Names and tensors of any shape; dtypes F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL.</param>
+    /// <param name="metadata">Text to keep in the header; <c>{"format": "pt"}</c> if null.</param>
+    /// <exception cref="ArgumentException">A name occurs twice or is reserved, or a dtype is not supported.</exception>
+    public static void Save(string path, IEnumerable<(string Name, Tensor Tensor)> tensors, IReadOnlyDictionary<string, string>? metadata = null)
+    {
+        ArgumentException.ThrowIfNullOrEmpty(path);
+        ArgumentNullException.ThrowIfNull(tensors);
+        using var files = new PendingFiles();
+        Write(files.Add(path), Describe(tensors), metadata);
+        files.Commit();
+    }
+
+    /// <summary>Writes <c>model.safetensors</c>, or where that would exceed <paramref name="maxShardBytes"/>,
+    /// <c>model-00001-of-0000N.safetensors</c> and so on with <c>model.safetensors.index.json</c>. Weight files of an earlier save are removed.</summary>
+    /// <param name="folder">The folder, created if missing.</param>
+    /// <param name="tensors">Names and tensors, as for <see cref="Save"/>; shards are filled in this order.</param>
+    /// <param name="maxShardBytes">Bytes of tensor data in one file; a larger tensor gets a file of its own.</param>
+    /// <exception cref="ArgumentException">A name occurs twice or is reserved, or a dtype is not supported.</exception>
+    public static void SavePretrained(string folder, IReadOnlyList<(string Name, Tensor Tensor)> tensors, long maxShardBytes = 5_000_000_000)
+    {
+        ArgumentException.ThrowIfNullOrEmpty(folder);
+        ArgumentNullException.ThrowIfNull(tensors);
+        ArgumentOutOfRangeException.ThrowIfNegativeOrZero(maxShardBytes);
+        var shards = Split(Describe(tensors), maxShardBytes);
+        Directory.CreateDirectory(folder);
+        using var files = new PendingFiles();
+        for (var i = 0; i < shards.Count; i++)
+            Write(files.Add(Path.Combine(folder, ShardName(i, shards.Count))), shards[i], null);
+        if (shards.Count > 1)
+            WriteIndex(files.Add(Path.Combine(folder, IndexName)), shards);
+        files.Commit();
+        RemoveStale(folder, shards.Count);
+    }
+
+    private static string IndexName => SafetensorsFile.DefaultName + ".index.json";
+
+    [GeneratedRegex(@"^model-\d{5}-of-\d{5}\.safetensors$")]
+    private static partial Regex ShardPattern { get; }
+
+    private static string ShardName(int index, int count) => count == 1 ? SafetensorsFile.DefaultName : $"model-{index + 1:D5}-of-{count:D5}.safetensors";
+
+    private static List<Item> Describe(IEnumerable<(string Name, Tensor Tensor)> tensors)
+    {
+        var names = new HashSet<string>();
+        var items = new List<Item>();
+        foreach (var (name, tensor) in tensors)
+        {
+            if (name == SafetensorsFile.MetadataKey)
+                throw new ArgumentException($"A tensor cannot be named '{name}'.", nameof(tensors));
+            if (!names.Add(name))
+                throw new ArgumentException($"Two tensors are named '{name}'.", nameof(tensors));
+            if (!DTypes.TryFormat(tensor.dtype, out var dtype))
+                throw new ArgumentException($"Tensor '{name}' has the dtype {tensor.dtype}, which is not supported (supported: {DTypes.All}).", nameof(tensors));
+            items.Add(new Item(name, tensor, dtype.Name, dtype.Size, tensor.NumberOfElements * dtype.Size));
+        }
+        return items;
+    }
+
+    private static List<List<Item>> Split(List<Item> items, long maxShardBytes)
+    {
+        List<List<Item>> shards = [[]];
+        var bytes = 0L;
+        foreach (var item in items)
+        {
+            if (shards[^1].Count > 0 && bytes + item.Bytes > maxShardBytes)
+            {
+                shards.Add([]);
+                bytes = 0;
+            }
+            shards[^1].Add(item);
+            bytes += item.Bytes;
+        }
+        return shards;
+    }
+
+    private static void Write(Stream stream, List<Item> items, IReadOnlyDictionary<string, string>? metadata)
+    {
+        // As the reference implementation does: wide elements first, so that every tensor is aligned to its element size.
+        List<Item> sorted = [.. items.OrderByDescending(item => item.Size).ThenBy(item => item.Name, StringComparer.Ordinal)];
+        var header = Header(sorted, metadata ?? _defaultMetadata);
+        stream.Write(BitConverter.GetBytes((ulong)header.Length));
+        stream.Write(header);
+        foreach (var item in sorted)
+            WriteData(stream, item);
+    }
+
+    private static ReadOnlySpan<byte> Header(List<Item> items, IReadOnlyDictionary<string, string> metadata)
+    {
+        var buffer = new ArrayBufferWriter<byte>();
+        using (var json = new Utf8JsonWriter(buffer, new JsonWriterOptions { Encoder = JavaScriptEncoder.UnsafeRelaxedJsonEscaping }))
+        {
+            json.WriteStartObject();
+            json.WriteStartObject(SafetensorsFile.MetadataKey);
+            foreach (var (key, value) in metadata)
+                json.WriteString(key, value);
+            json.WriteEndObject();
+            var offset = 0L;
+            foreach (var item in items)
+                WriteEntry(json, item, ref offset);
+            json.WriteEndObject();
+        }
+        var padding = -buffer.WrittenCount & (_alignment - 1);
+        buffer.GetSpan(_alignment)[..padding].Fill((byte)' ');
+        buffer.Advance(padding);
+        if (buffer.WrittenCount > SafetensorsFile.MaxHeaderBytes)
+            throw new ArgumentException($"The header would have {buffer.WrittenCount} bytes; the format allows {SafetensorsFile.MaxHeaderBytes}.");
+        return buffer.WrittenSpan;
+    }
+
+    private static void WriteEntry(Utf8JsonWriter json, Item item, ref long offset)
+    {
+        json.WriteStartObject(item.Name);
+        json.WriteString("dtype", item.DType);
+        json.WriteStartArray("shape");
+        foreach (var size in item.Tensor.shape)
+            json.WriteNumberValue(size);
+        json.WriteEndArray();
+        json.WriteStartArray("data_offsets");
+        json.WriteNumberValue(offset);
+        json.WriteNumberValue(offset += item.Bytes);
+        json.WriteEndArray();
+        json.WriteEndObject();
+    }
+
+    private static unsafe void WriteData(Stream stream, Item item)
+    {
+        using var _ = NewDisposeScope();
+        using var __ = no_grad();
+        // Aliases are disposed with the scope; the caller's tensor never is.
+        var source = item.Tensor.alias().cpu().contiguous();
+        var data = item.Bytes == 0 ? null : (byte*)TensorMemory.Pointer(source);
+        for (var done = 0L; done < item.Bytes; done += _maxWriteBytes)
+            stream.Write(new ReadOnlySpan<byte>(data + done, (int)Math.Min(_maxWriteBytes, item.Bytes - done)));
+        GC.KeepAlive(source);
+    }
+
+    private static void WriteIndex(Stream stream, List<List<Item>> shards)
+    {
+        var map = new SortedDictionary<string, string>(StringComparer.Ordinal);
+        for (var i = 0; i < shards.Count; i++)
+            foreach (var item in shards[i])
+                map.Add(item.Name, ShardName(i, shards.Count));
+        using var json = new Utf8JsonWriter(stream, new JsonWriterOptions { Indented = true, NewLine = "\n", Encoder = JavaScriptEncoder.UnsafeRelaxedJsonEscaping });
+        json.WriteStartObject();
+        json.WriteStartObject("metadata");
+        json.WriteNumber("total_size", shards.Sum(shard => shard.Sum(item => item.Bytes)));
+        json.WriteEndObject();
+        json.WriteStartObject("weight_map");
+        foreach (var (name, shard) in map)
+            json.WriteString(name, shard);
+        json.WriteEndObject();
+        json.WriteEndObject();
+    }
+
+    /// <summary>An older model.safetensors or index would be read instead of, or mixed with, what was just written.</summary>
+    private static void RemoveStale(string folder, int count)
+    {
+        var current = Enumerable.Range(0, count).Select(i => ShardName(i, count)).Append(count > 1 ? IndexName : "").ToHashSet();
+        foreach (var file in Directory.GetFiles(folder, "model*"))
+        {
+            var name = Path.GetFileName(file);
+            if (!current.Contains(name) && (name == SafetensorsFile.DefaultName || name == IndexName || ShardPattern.IsMatch(name)))
+                File.Delete(file);
+        }
+    }
+
+    private sealed record Item(string Name, Tensor Tensor, string DType, int Size, long Bytes);
+
+    /// <summary>Files under temporary names, which get their own name all together or not at all.</summary>
+    private sealed class PendingFiles : IDisposable
+    {
+        private readonly List<(string Temporary, string Path, FileStream Stream)> _files = [];
+
+        public Stream Add(string path)
+        {
+            var temporary = $"{path}.{Guid.NewGuid():N}.tmp";
+            var stream = new FileStream(temporary, FileMode.CreateNew, FileAccess.Write, FileShare.None);
+            _files.Add((temporary, path, stream));
+            return stream;
+        }
+
+        public void Commit()
+        {
+            foreach (var (_, _, stream) in _files)
+            {
+                // On the disk before the rename: a rename may survive a power cut that its data does not.
+                stream.Flush(flushToDisk: true);
+                stream.Dispose();
+            }
+            foreach (var (temporary, path, _) in _files)
+                File.Move(temporary, path, overwrite: true);
+        }
+
+        public void Dispose()
+        {
+            foreach (var (temporary, _, stream) in _files)
+            {
+                stream.Dispose();
+                File.Delete(temporary); // no fault if it was renamed
+            }
+        }
+    }
+}
