@@ -3,10 +3,37 @@ using static TorchSharp.torch;
 
 namespace MiniSeq.Layers;
 
-/// <summary>Operators that TorchSharp does not bind, through libtorch's stable C interface (a handle there is <c>Tensor.Handle</c>). None records a graph.</summary>
+/// <summary>
+/// Operators that TorchSharp does not bind: through TorchScript, and through libtorch's stable C interface, where a handle is
+/// <c>Tensor.Handle</c>.
+/// </summary>
 internal static unsafe class Aten
 {
     private const string Library = "torch_cpu";
+
+    // A mistake in a script ends the process, so it is a constant, and every function of it is under test.
+    private static readonly Lazy<jit.CompilationUnit> s_script = new(() => jit.compile(
+        """
+        def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float):
+            return torch.scaled_dot_product_attention(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=True)
+
+        def silu_backward(dy: Tensor, x: Tensor):
+            return torch.silu_backward(dy, x)
+
+        def gelu_tanh_backward(dy: Tensor, x: Tensor):
+            return torch.gelu_backward(dy, x, approximate="tanh")
+
+        """));
+
+    /// <summary>softmax(scale · Q Kᵀ) V on any device, recorded by autograd. q [b, Hq, S, D], k and v [b, Hkv, T, D].</summary>
+    public static Tensor ScaledDotProductAttention(Tensor q, Tensor k, Tensor v, bool causal, double scale) =>
+        (Tensor)s_script.Value.invoke("attention", q, k, v, causal, scale)!;
+
+    /// <summary>dx of y = x σ(x), in one pass.</summary>
+    public static Tensor SiluBackward(Tensor dy, Tensor x) => (Tensor)s_script.Value.invoke("silu_backward", dy, x)!;
+
+    /// <summary>dx of GELU in its tanh form, in one pass.</summary>
+    public static Tensor GeluTanhBackward(Tensor dy, Tensor x) => (Tensor)s_script.Value.invoke("gelu_tanh_backward", dy, x)!;
 
     /// <summary>Output [b, Hq, S, D] and log-sum-exp [b, Hq, S] of q [b, Hq, S, D] and k, v [b, Hkv, T, D] on the CPU.</summary>
     public static (Tensor Output, Tensor LogSumExp) FlashAttention(Tensor q, Tensor k, Tensor v, bool causal, double scale)

@@ -13,13 +13,6 @@ namespace MiniSeq.Layers;
 /// </remarks>
 public static class Attention
 {
-    private static readonly Lazy<jit.CompilationUnit> s_sdpa = new(() => jit.compile(
-        """
-        def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float):
-            return torch.scaled_dot_product_attention(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=True)
-
-        """));
-
     /// <summary>The output and, on the CPU, the log-sum-exp of each document, kept or recomputed for <see cref="Backward"/>.</summary>
     /// <param name="Output">[rows, Hq, D].</param>
     /// <param name="LogSumExp">One [1, Hq, length] a document; empty where the device keeps none.</param>
@@ -111,12 +104,12 @@ public static class Attention
 
     /// <summary>The plain form, for autograd: q [batch, Hq, S, D], k and v [batch, Hkv, S, D], causal.</summary>
     public static Tensor Plain(Tensor q, Tensor k, Tensor v, double scale) =>
-        (Tensor)s_sdpa.Value.invoke("sdpa", q, k, v, true, scale)!;
+        Aten.ScaledDotProductAttention(q, k, v, causal: true, scale);
 
     private static (Tensor Output, Tensor? LogSumExp) One(Tensor q, Tensor k, Tensor v, bool causal, double scale) =>
         q.device_type == DeviceType.CPU
             ? Aten.FlashAttention(q, k, v, causal, scale)
-            : ((Tensor)s_sdpa.Value.invoke("sdpa", q, k, v, causal, scale)!, null);
+            : (Aten.ScaledDotProductAttention(q, k, v, causal, scale), null);
 
     private static (Tensor, Tensor, Tensor) GraphBackward(Tensor dOutput, Tensor q, Tensor k, Tensor v, double scale)
     {

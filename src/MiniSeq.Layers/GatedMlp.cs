@@ -72,8 +72,7 @@ public sealed class GatedMlp : nn.Module<Tensor, Tensor>
     public Tensor ForwardChunk(Tensor x)
     {
         using var scope = NewDisposeScope();
-        var hidden = ActivationFunctions.Apply_(_activation, _gate.forward(x));
-        hidden.mul_(_up.forward(x));
+        var hidden = ActivationFunctions.Apply(_activation, _gate.forward(x)).mul_(_up.forward(x));
         return _down.forward(hidden).MoveToOuterDisposeScope();
     }
 
@@ -81,14 +80,13 @@ public sealed class GatedMlp : nn.Module<Tensor, Tensor>
     public Tensor? BackwardChunk(Tensor x, Tensor dy, bool needsInputGrad = true)
     {
         using var scope = NewDisposeScope();
-        var up = _up.forward(x);
-        var (act, slope) = ActivationFunctions.WithDerivative_(_activation, _gate.forward(x)); // a = act(g), a' = act'(g)
-        var hidden = act * up;                                     // h = a ⊙ u
-        _down.AccumulateGradients(hidden, dy);                     // dW_d += dyᵀ h
-        hidden.Dispose();
+        var (gate, up) = (_gate.forward(x), _up.forward(x));
+        var act = ActivationFunctions.Apply(_activation, gate);
+        using (var hidden = act * up)                              // h = act(g) ⊙ u
+            _down.AccumulateGradients(hidden, dy);                 // dW_d += dyᵀ h
         var dHidden = _down.InputGradient(dy);                     // dh = dy W_d
-        var dGate = up.mul_(dHidden).mul_(slope);                  // dg = dh ⊙ u ⊙ a'
-        var dUp = act.mul_(dHidden);                               // du = dh ⊙ a
+        var dUp = act.mul_(dHidden);                               // du = dh ⊙ act(g)
+        var dGate = ActivationFunctions.Backward(_activation, dHidden.mul_(up), gate); // dg = dh ⊙ u ⊙ act'(g)
         _gate.AccumulateGradients(x, dGate);                       // dW_g += dgᵀ x
         _up.AccumulateGradients(x, dUp);                           // dW_u += duᵀ x
         if (!needsInputGrad) return null;

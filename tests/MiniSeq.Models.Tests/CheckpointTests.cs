@@ -1,0 +1,105 @@
+using System.Text.Json;
+using MiniSeq.Models;
+using MiniSeq.Models.Tests;
+using static MiniSeq.Tests.Reference;
+using static TorchSharp.torch;
+
+namespace MiniSeq.Tests;
+
+public sealed class CheckpointTests
+{
+    [Theory]
+    [InlineData("llama2", 1)]
+    [InlineData("llama2", 7)]
+    [InlineData("llama3", 64)]
+    [InlineData("llama3", 0)]
+    public void LogitsLossAndEveryGradientAreHuggingFaces(string name, int chunk)
+    {
+        using var scope = NewDisposeScope();
+        string folder = Shared.Path($"reference/{name}");
+        using var model = Checkpoint.LoadPretrained(folder);
+        using var expected = SafetensorsReader.Open(Path.Combine(folder, "expected.safetensors"));
+        var (ids, labels) = (expected.Read("input_ids"), expected.Read("labels"));
+        using var batch = new TokenBatch([.. Enumerable.Range(0, 2).Select(b => new TokenSequence(ids[b].data<long>().ToArray(), labels[b].data<long>().ToArray()))]);
+
+        Close(model.call(ids), expected.Read("logits"), 1e-4);
+        using var loss = model.ForwardBackward(batch, 1.0 / batch.TargetCount, new ComputeOptions(chunk));
+        Close(tensor(loss.Mean), expected.Read("loss").squeeze(0), 1e-4);
+        foreach (var (parameter, gradient) in GradientsOf(model)) Close(gradient, expected.Read($"grad.{parameter}"), 1e-4);
+
+        using var json = JsonDocument.Parse(File.ReadAllText(Path.Combine(folder, "expected.json")));
+        var greedy = json.RootElement.GetProperty("greedy");
+        int[] Ids(string property) => [.. greedy.GetProperty(property).EnumerateArray().Select(e => e.GetInt32())];
+        var generated = model.Generate([Ids("prompt")], new GenerationOptions { MaxNewTokens = 16, EosTokenIds = [] });
+        Assert.Equal(Ids("new_tokens"), generated[0]);
+    }
+
+    [Fact]
+    public void ARealPretrainedModelWritesItsReferenceText()
+    {
+        string folder = Shared.Path("models/stories260K");
+        using var model = Checkpoint.LoadPretrained(folder);
+        using var json = JsonDocument.Parse(File.ReadAllText(Path.Combine(folder, "reference.json")));
+        int[] want = [.. json.RootElement.EnumerateObject().First(p => p.Value.ValueKind == JsonValueKind.Array && p.Value.GetArrayLength() > 150).Value.EnumerateArray().Select(e => e.GetInt32())];
+        long[] ids = [.. want.Select(i => (long)i)];
+        using var batch = new TokenBatch([new TokenSequence(ids, ids)]);
+        var score = model.Evaluate(batch);
+        Assert.Equal(0.473417818, score.LossSum / score.TargetCount, 1e-5);
+        var generated = model.Generate([want[..1]], new GenerationOptions { MaxNewTokens = want.Length - 1, EosTokenIds = [] });
+        Assert.Equal(want[1..], generated[0]);
+    }
+
+    [Fact]
+    public void SaveAndLoadGiveTheSameModel()
+    {
+        using var folder = new TemporaryFolder();
+        foreach (bool tied in new[] { true, false })
+        {
+            using var model = new CausalLM(DecoderTests.Tiny(tied) with { EosTokenIds = [2, 3], BosTokenId = 1 });
+            model.SavePretrained(folder.Path, maxShardBytes: 2000);
+            using var loaded = Checkpoint.LoadPretrained(folder.Path);
+            Assert.Equal(model.Config.ToJson(model.DType), loaded.Config.ToJson(loaded.DType));
+            using var ids = tensor(new long[,] { { 1, 2, 3, 4 } });
+            using var a = model.call(ids);
+            using var b = loaded.call(ids);
+            Close(b, a, 0);
+            Directory.Delete(folder.Path, true);
+        }
+        Directory.CreateDirectory(folder.Path);
+    }
+
+    [Theory]
+    [InlineData("\"model_type\": \"falcon_mamba\"", "falcon_mamba")]
+    [InlineData("\"rope_scaling\": {\"factor\": 8}", "rope_scaling")]
+    [InlineData("\"quantization_config\": {}", "quantization_config")]
+    [InlineData("\"hidden_act\": \"relu\"", "relu")]
+    [InlineData("\"num_key_value_heads\": 2", "do not divide")]
+    [InlineData("\"hidden_size\": -4", "hidden_size is -4")]
+    [InlineData("\"vocab_size\": null", "lacks vocab_size")]
+    [InlineData("\"head_dim\": 3", "head_dim is 3")]
+    [InlineData("\"vocab_size\": \"many\"", "not a valid config.json")]
+    public void AConfigurationThatDoesNotFitIsRefusedByName(string change, string said)
+    {
+        using var folder = new TemporaryFolder();
+        string key = change[..change.IndexOf(':')];
+        var lines = DecoderTests.Tiny().ToJson(ScalarType.Float32).Split('\n').Where(l => !l.Contains(key)).ToList();
+        lines.Insert(1, $"  {change},");
+        File.WriteAllText(folder["config.json"], string.Join('\n', lines));
+        Assert.Contains(said, Assert.ThrowsAny<Exception>(() => DecoderConfig.FromPretrained(folder.Path)).Message);
+    }
+
+    [Fact]
+    public void WeightsThatDoNotFitTheConfigurationAreNamed()
+    {
+        using var folder = new TemporaryFolder();
+        Assert.Contains("config.json", Assert.Throws<FileNotFoundException>(() => Checkpoint.LoadPretrained(folder.Path)).Message);
+        using var model = new CausalLM(DecoderTests.Tiny());
+        model.SavePretrained(folder.Path);
+        File.WriteAllText(folder["config.json"], (model.Config with { IntermediateSize = 24 }).ToJson(model.DType));
+        Assert.Contains("mlp", Assert.Throws<InvalidDataException>(() => Checkpoint.LoadPretrained(folder.Path)).Message);
+        File.WriteAllText(folder["config.json"], (model.Config with { NumHiddenLayers = 2 }).ToJson(model.DType));
+        Assert.Contains("no place for", Assert.Throws<InvalidDataException>(() => Checkpoint.LoadPretrained(folder.Path)).Message);
+        File.WriteAllText(folder["config.json"], (model.Config with { NumHiddenLayers = 4 }).ToJson(model.DType));
+        Assert.Contains("lack the tensor", Assert.Throws<InvalidDataException>(() => Checkpoint.LoadPretrained(folder.Path)).Message);
+    }
+}
