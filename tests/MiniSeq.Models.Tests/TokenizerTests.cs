@@ -241,6 +241,43 @@ public partial class TokenizerTests
     }
 
     [Fact]
+    public void MutatedFilesAreLoadedOrRefused()
+    {
+        var random = new Random(20240712);
+        using var folder = new TemporaryFolder();
+        var json = Encoding.UTF8.GetBytes("""
+            {"added_tokens":[{"id":5,"content":"<s>","special":true,"normalized":true}],"normalizer":{"type":"Sequence","normalizers":[{"type":"NFC"},
+             {"type":"Replace","pattern":{"String":" "},"content":"_"}]},"pre_tokenizer":{"type":"Sequence","pretokenizers":[{"type":"Metaspace","replacement":"_"},
+             {"type":"Digits"}]},"post_processor":{"type":"TemplateProcessing","single":[{"SpecialToken":{"id":"<s>"}},{"Sequence":{"id":"A"}}],
+             "special_tokens":{"<s>":{"ids":[5]}}},"decoder":{"type":"Sequence","decoders":[{"type":"Fuse"},{"type":"Strip","content":" ","start":1,"stop":0}]},
+             "model":{"type":"BPE","vocab":{"_":0,"a":1,"b":2,"ab":3,"?":4},"merges":["a b"],"unk_token":"?"}}
+            """);
+        byte[] model = [0x0A, 10, 0x0A, 1, (byte)'a', 0x15, 0, 0, 0, 0, 0x18, 1, 0x0A, 3, 0x0A, 1, (byte)'b', 0x12, 2, 0x18, 2, 0x1A, 2, 0x20, 0];
+        var (loaded, refused) = (0, 0);
+        for (var i = 0; i < 3_000; i++)
+        {
+            var (name, whole) = i % 2 == 0 ? ("tokenizer.json", json) : ("tokenizer.model", model);
+            var file = whole.ToArray();
+            for (var edits = random.Next(1, 3); edits > 0; edits--)
+                file[random.Next(file.Length)] = random.Next(2) == 0 ? (byte)random.Next(256) : file[random.Next(file.Length)];
+            File.WriteAllBytes(folder[name], file);
+            try
+            {
+                var tokenizer = HuggingFaceTokenizer.FromPretrained(folder.Path);
+                tokenizer.Decode(tokenizer.Encode("a ab<s>1 \u0301"));
+                loaded++;
+            }
+            catch (Exception fault) when (fault is InvalidDataException or NotSupportedException)
+            {
+                Assert.StartsWith(folder[name], fault.Message);
+                refused++;
+            }
+            File.Delete(folder[name]);
+        }
+        Assert.True(loaded > 100 && refused > 100, $"{loaded} loaded, {refused} refused");
+    }
+
+    [Fact]
     public void MissingFilesAreNamed()
     {
         using var folder = new TemporaryFolder();
