@@ -1,3 +1,4 @@
+using System.Buffers;
 using System.Collections.Concurrent;
 using System.Diagnostics;
 using System.Text;
@@ -111,6 +112,36 @@ public partial class TokenizerTests
         var tokenizer = Tokenizers.Load(package);
         foreach (var text in new[] { new string('A', 100_000), string.Concat(Enumerable.Repeat("天地玄黃", 20_000)), new string(' ', 100_000), string.Concat(Enumerable.Repeat("ab1", 30_000)) })
             Assert.Equal(text, tokenizer.Decode(tokenizer.Encode(text)));
+    }
+
+    [Theory]
+    [InlineData("llama3_1")]
+    [InlineData("llama2")]
+    public void TheLibrarysFaceCountsAndCuts(string package)
+    {
+        var own = Tokenizers.Load(package);
+        var tokenizer = own.AsTokenizer();
+        const string text = "Naïve 𒀱 summaries, at last<s>!";
+        var ids = own.Encode(text, addSpecialTokens: false);
+        Assert.Equal(ids, tokenizer.EncodeToIds(text));
+        Assert.Equal(ids.Count, tokenizer.CountTokens(text));
+        Assert.Equal(own.Decode(ids, skipSpecialTokens: false), tokenizer.Decode(ids));
+
+        var tokens = tokenizer.EncodeToTokens(text, out var normalized);
+        Assert.Equal(ids, tokens.Select(token => token.Id));
+        Assert.Equal(package == "llama2" ? "▁Naïve▁𒀱▁summaries,▁at▁last<s>▁!" : text, normalized);
+        Assert.Equal(normalized, string.Concat(tokens.Select(token => normalized![token.Offset])));
+
+        Assert.Equal(ids.Take(3), tokenizer.EncodeToIds(text, 3, out _, out var consumed));
+        Assert.Equal(tokens[2].Offset.End.Value, consumed);
+        Assert.Equal(consumed, tokenizer.GetIndexByTokenCount(text, 3, out _, out var count));
+        Assert.Equal(3, count);
+
+        var buffer = new char[8];
+        Assert.Equal(OperationStatus.DestinationTooSmall, tokenizer.Decode(ids, buffer, out var used, out var written));
+        Assert.Equal(own.Decode(ids.Take(used), skipSpecialTokens: false), new string(buffer, 0, written));
+        Assert.Equal(OperationStatus.Done, tokenizer.Decode(ids, new char[100], out used, out _));
+        Assert.Equal(ids.Count, used);
     }
 
     [Fact]
