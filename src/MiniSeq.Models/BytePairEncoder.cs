@@ -87,7 +87,7 @@ internal sealed class BytePairEncoder
         if (!cache.TryGetValue(word, out var known))
         {
             known = Merge(word);
-            if (Interlocked.Increment(ref _cached) <= _maxCachedWords)
+            if (_cached < _maxCachedWords && Interlocked.Increment(ref _cached) <= _maxCachedWords)
                 cache.TryAdd(word, known);
         }
         ids.AddRange(known);

@@ -1,6 +1,7 @@
 using System.Globalization;
 using System.Text;
 using System.Text.Json;
+using Microsoft.ML.Tokenizers;
 
 namespace MiniSeq.Models;
 
@@ -126,6 +127,10 @@ public sealed class HuggingFaceTokenizer
     /// <summary>A decoder for ids that arrive one by one. All its output together is what <see cref="Decode"/> gives.</summary>
     public TokenStreamDecoder CreateStreamDecoder(bool skipSpecialTokens = true) => new(this, skipSpecialTokens);
 
+    /// <summary>The same tokenizer as one of Microsoft.ML.Tokenizers, for code that wants that type. It adds no special tokens; its offsets count
+    /// characters of the normalized text.</summary>
+    public Tokenizer AsTokenizer() => new LibraryTokenizer(this);
+
     /// <summary>Copies the files the tokenizer was loaded from, byte for byte. The folder may be the one they are in.</summary>
     /// <param name="folder">The folder, created if missing.</param>
     public void SavePretrained(string folder)
@@ -146,6 +151,10 @@ public sealed class HuggingFaceTokenizer
     /// <summary>The UTF-8 bytes of a token; none for unknown ids and for special tokens that are to be skipped.</summary>
     internal byte[] Bytes(int id, bool skipSpecialTokens) =>
         !_tokens.TryGetValue(id, out var token) || skipSpecialTokens && _parts.Special.Contains(id) ? [] : _parts.Decoder.Bytes(token, _added.Contains(id));
+
+    /// <summary>A token as its file spells it, and its bytes without the decoder's replacements.</summary>
+    internal (string Token, byte[] Bytes) Spelling(int id) =>
+        (_tokens[id], (_parts.Decoder with { Replacements = [] }).Bytes(_tokens[id], _added.Contains(id)));
 
     private void EncodeSection(string text, bool first, List<int> ids)
     {

@@ -232,7 +232,7 @@ internal sealed unsafe class SafetensorsFile : IDisposable
         var bytes = entry.End - entry.Begin;
         if (bytes == 0)
             return;
-        var target = (byte*)TensorMemory.Pointer(tensor);
+        var target = (byte*)TensorBytes.Pointer(tensor);
         Buffer.MemoryCopy(_data + entry.Begin, target, bytes, bytes);
         // Any other value than 0 and 1 in a bool is undefined behaviour in libtorch.
         if (entry.DType == ScalarType.Bool)
@@ -386,7 +386,7 @@ internal static class DTypes
 }
 
 /// <summary>The memory of a CPU tensor, by libtorch's C interface: TorchSharp's own <c>Tensor.bytes</c> ends at 2 GB.</summary>
-internal static unsafe partial class TensorMemory
+internal static unsafe partial class TensorBytes
 {
     /// <summary>The address of the first element; keep the tensor alive while it is used.</summary>
     public static nint Pointer(Tensor tensor)

@@ -149,7 +149,7 @@ public static partial class SafetensorsWriter
         using var __ = no_grad();
         // Aliases are disposed with the scope; the caller's tensor never is.
         var source = item.Tensor.alias().cpu().contiguous();
-        var data = item.Bytes == 0 ? null : (byte*)TensorMemory.Pointer(source);
+        var data = item.Bytes == 0 ? null : (byte*)TensorBytes.Pointer(source);
         for (var done = 0L; done < item.Bytes; done += _maxWriteBytes)
             stream.Write(new ReadOnlySpan<byte>(data + done, (int)Math.Min(_maxWriteBytes, item.Bytes - done)));
         GC.KeepAlive(source);

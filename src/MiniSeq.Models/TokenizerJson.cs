@@ -159,7 +159,7 @@ internal static class TokenizerJson
         var splitter = useRegex ? new Splitter(_gpt2Pattern, SplitBehavior.Isolated) : null;
         return (text, _) =>
         {
-            if (prefixSpace && text.Length > 0 && !char.IsWhiteSpace(text[0]))
+            if (prefixSpace && text.Length > 0 && text[0] != ' ')
                 text = " " + text;
             return splitter is null ? [ByteAlphabet.Spell(text)] : splitter.Split(text).Select(ByteAlphabet.Spell);
         };

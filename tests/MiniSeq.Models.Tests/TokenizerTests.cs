@@ -1,3 +1,4 @@
+using System.Buffers;
 using System.Collections.Concurrent;
 using System.Diagnostics;
 using System.Text;
@@ -111,6 +112,36 @@ public partial class TokenizerTests
         var tokenizer = Tokenizers.Load(package);
         foreach (var text in new[] { new string('A', 100_000), string.Concat(Enumerable.Repeat("天地玄黃", 20_000)), new string(' ', 100_000), string.Concat(Enumerable.Repeat("ab1", 30_000)) })
             Assert.Equal(text, tokenizer.Decode(tokenizer.Encode(text)));
+    }
+
+    [Theory]
+    [InlineData("llama3_1")]
+    [InlineData("llama2")]
+    public void TheLibrarysFaceCountsAndCuts(string package)
+    {
+        var own = Tokenizers.Load(package);
+        var tokenizer = own.AsTokenizer();
+        const string text = "Naïve 𒀱 summaries, at last<s>!";
+        var ids = own.Encode(text, addSpecialTokens: false);
+        Assert.Equal(ids, tokenizer.EncodeToIds(text));
+        Assert.Equal(ids.Count, tokenizer.CountTokens(text));
+        Assert.Equal(own.Decode(ids, skipSpecialTokens: false), tokenizer.Decode(ids));
+
+        var tokens = tokenizer.EncodeToTokens(text, out var normalized);
+        Assert.Equal(ids, tokens.Select(token => token.Id));
+        Assert.Equal(package == "llama2" ? "▁Naïve▁𒀱▁summaries,▁at▁last<s>▁!" : text, normalized);
+        Assert.Equal(normalized, string.Concat(tokens.Select(token => normalized![token.Offset])));
+
+        Assert.Equal(ids.Take(3), tokenizer.EncodeToIds(text, 3, out _, out var consumed));
+        Assert.Equal(tokens[2].Offset.End.Value, consumed);
+        Assert.Equal(consumed, tokenizer.GetIndexByTokenCount(text, 3, out _, out var count));
+        Assert.Equal(3, count);
+
+        var buffer = new char[8];
+        Assert.Equal(OperationStatus.DestinationTooSmall, tokenizer.Decode(ids, buffer, out var used, out var written));
+        Assert.Equal(own.Decode(ids.Take(used), skipSpecialTokens: false), new string(buffer, 0, written));
+        Assert.Equal(OperationStatus.Done, tokenizer.Decode(ids, new char[100], out used, out _));
+        Assert.Equal(ids.Count, used);
     }
 
     [Fact]
@@ -238,6 +269,43 @@ public partial class TokenizerTests
         using var folder = new TemporaryFolder();
         File.WriteAllBytes(folder["tokenizer.model"], [0x0A, 3, 0x0A, 1, (byte)'a', 0x12, 2, 0x18, 1]);
         Assert.Contains("'Unigram' is not supported", Assert.Throws<NotSupportedException>(() => HuggingFaceTokenizer.FromPretrained(folder.Path)).Message);
+    }
+
+    [Fact]
+    public void MutatedFilesAreLoadedOrRefused()
+    {
+        var random = new Random(20240712);
+        using var folder = new TemporaryFolder();
+        var json = Encoding.UTF8.GetBytes("""
+            {"added_tokens":[{"id":5,"content":"<s>","special":true,"normalized":true}],"normalizer":{"type":"Sequence","normalizers":[{"type":"NFC"},
+             {"type":"Replace","pattern":{"String":" "},"content":"_"}]},"pre_tokenizer":{"type":"Sequence","pretokenizers":[{"type":"Metaspace","replacement":"_"},
+             {"type":"Digits"}]},"post_processor":{"type":"TemplateProcessing","single":[{"SpecialToken":{"id":"<s>"}},{"Sequence":{"id":"A"}}],
+             "special_tokens":{"<s>":{"ids":[5]}}},"decoder":{"type":"Sequence","decoders":[{"type":"Fuse"},{"type":"Strip","content":" ","start":1,"stop":0}]},
+             "model":{"type":"BPE","vocab":{"_":0,"a":1,"b":2,"ab":3,"?":4},"merges":["a b"],"unk_token":"?"}}
+            """);
+        byte[] model = [0x0A, 10, 0x0A, 1, (byte)'a', 0x15, 0, 0, 0, 0, 0x18, 1, 0x0A, 3, 0x0A, 1, (byte)'b', 0x12, 2, 0x18, 2, 0x1A, 2, 0x20, 0];
+        var (loaded, refused) = (0, 0);
+        for (var i = 0; i < 3_000; i++)
+        {
+            var (name, whole) = i % 2 == 0 ? ("tokenizer.json", json) : ("tokenizer.model", model);
+            var file = whole.ToArray();
+            for (var edits = random.Next(1, 3); edits > 0; edits--)
+                file[random.Next(file.Length)] = random.Next(2) == 0 ? (byte)random.Next(256) : file[random.Next(file.Length)];
+            File.WriteAllBytes(folder[name], file);
+            try
+            {
+                var tokenizer = HuggingFaceTokenizer.FromPretrained(folder.Path);
+                tokenizer.Decode(tokenizer.Encode("a ab<s>1 \u0301"));
+                loaded++;
+            }
+            catch (Exception fault) when (fault is InvalidDataException or NotSupportedException)
+            {
+                Assert.StartsWith(folder[name], fault.Message);
+                refused++;
+            }
+            File.Delete(folder[name]);
+        }
+        Assert.True(loaded > 100 && refused > 100, $"{loaded} loaded, {refused} refused");
     }
 
     [Fact]
