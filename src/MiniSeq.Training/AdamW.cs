@@ -15,6 +15,7 @@ public sealed class AdamW : IDisposable
         """
         def step(p: List[Tensor], g: List[Tensor], m: List[Tensor], v: List[Tensor], s: List[Tensor], lr: float, b1: float, b2: float, wd: float, eps: float):
             none: List[Tensor] = []
+            torch._foreach_add_(s, 1)
             torch._fused_adamw_(p, g, m, v, none, s, lr=lr, beta1=b1, beta2=b2, weight_decay=wd, eps=eps, amsgrad=False, maximize=False)
             return s[0]
 

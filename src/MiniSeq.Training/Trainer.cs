@@ -13,7 +13,7 @@ namespace MiniSeq.Training;
 /// <param name="LearningRate">Of the last step.</param>
 /// <param name="GradNorm">L2 norm of the last step's gradient before clipping.</param>
 /// <param name="TokensPerSecond">Tokens read, targets or not, since the last report; evaluation is not counted.</param>
-/// <param name="PeakMemoryBytes">Largest memory so far: exact bytes of tensors where <see cref="MiniSeq.Layers.TensorMemory.StartCounting"/> was called, else resident memory of the process.</param>
+/// <param name="PeakMemoryBytes">Largest memory so far: exact bytes of tensors where <see cref="TensorMemory.StartCounting"/> was called, else resident memory of the process.</param>
 /// <param name="Evaluation">Score on the validation documents, where this report follows an evaluation.</param>
 public sealed record TrainingProgress(int Step, int TotalSteps, double Epoch, double Loss, double LearningRate, double GradNorm,
     double TokensPerSecond, long PeakMemoryBytes, EvaluationResult? Evaluation);

@@ -1,7 +1,6 @@
 using MiniSeq.Models;
 using static MiniSeq.Tests.Reference;
 using static TorchSharp.torch;
-using TensorMemory = MiniSeq.Layers.TensorMemory;
 
 namespace MiniSeq.Tests;
 

@@ -1,0 +1,93 @@
+using MiniSeq.Layers;
+using MiniSeq.Models;
+using MiniSeq.Training;
+using static TorchSharp.torch;
+
+namespace MiniSeq.Bench;
+
+/// <summary>One variant's model with gradients and optimizer state in place, ready to take steps. Everything that differs between variants is in <see cref="ForwardBackward"/>.</summary>
+internal sealed class StepRunner : IDisposable
+{
+    private readonly Shape _shape;
+    private readonly Variant _variant;
+    private readonly CausalLM _model;
+    private readonly AdamW? _optimizer;
+    private readonly ComputeOptions _compute;
+
+    public StepRunner(Shape shape, Variant variant, ScalarType dtype, bool optimizer, ComputeOptions compute)
+    {
+        TensorMemory.KeepFreedMemory(); // the same allocator for every variant
+        if (!TensorMemory.StartCounting()) Console.Error.WriteLine("No exact count of tensor memory on this system: peakTensorBytes is 0.");
+        (_shape, _variant, _compute) = (shape, variant, compute);
+        random.manual_seed(1);
+        _model = new CausalLM(shape.Config, dtype);
+        // Gradients persist over steps, as they do under accumulation, and have one type in all variants.
+        foreach (var p in _model.parameters())
+        {
+            using var gradient = zeros(p.shape, Gradients.AccumulationType(p.dtype));
+            p.grad = gradient;
+        }
+        if (optimizer)
+        {
+            _optimizer = new AdamW(_model.parameters(), new TrainingOptions());
+            _optimizer.Step(0); // makes its state
+        }
+        BaseTensorBytes = TensorMemory.LiveBytes;
+        BaseResidentBytes = TensorMemory.ResidentBytes;
+        TensorMemory.ResetPeakResident();
+    }
+
+    /// <summary>Weights, gradients and optimizer state.</summary>
+    public long BaseTensorBytes { get; }
+
+    /// <summary>The same, as resident memory of the process, with the libraries.</summary>
+    public long BaseResidentBytes { get; }
+
+    /// <summary>One whole training step; the mean loss.</summary>
+    public double Step(IReadOnlyList<TokenSequence> documents)
+    {
+        ZeroGradients();
+        double loss = ForwardBackward(documents);
+        _optimizer?.Step(1e-4);
+        return loss;
+    }
+
+    /// <summary>Largest bytes of tensors over <see cref="BaseTensorBytes"/> in a forward and backward over a length.</summary>
+    public long PeakTensorBytes(int seq)
+    {
+        var documents = _shape.Documents(seq);
+        ZeroGradients();
+        TensorMemory.ResetPeak();
+        ForwardBackward(documents);
+        return TensorMemory.PeakBytes - BaseTensorBytes;
+    }
+
+    private double ForwardBackward(IReadOnlyList<TokenSequence> documents)
+    {
+        using var scope = NewDisposeScope();
+        long targets = documents.Sum(d => d.TargetCount);
+        if (_variant == Variant.MiniSequence)
+        {
+            using var batch = new TokenBatch(documents);
+            using var loss = _model.ForwardBackward(batch, 1.0 / targets, _compute);
+            return loss.Mean;
+        }
+        Tensor Rows(Func<TokenSequence, long[]> part) => stack(documents.Select(d => tensor(part(d))));
+        var sum = PlainDecoder.LossSum(_model, Rows(d => d.InputIds), Rows(d => d.Labels), _variant == Variant.Recompute);
+        (sum / targets).backward();
+        return sum.to(ScalarType.Float64).item<double>() / targets;
+    }
+
+    private void ZeroGradients()
+    {
+        using var scope = NewDisposeScope();
+        using var noGrad = no_grad();
+        foreach (var p in _model.parameters()) p.grad!.zero_();
+    }
+
+    public void Dispose()
+    {
+        _optimizer?.Dispose();
+        _model.Dispose();
+    }
+}

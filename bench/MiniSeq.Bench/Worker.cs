@@ -1,0 +1,145 @@
+using System.Diagnostics;
+using System.Text.Json;
+using MiniSeq.Layers;
+using MiniSeq.Models;
+using static TorchSharp.torch;
+
+namespace MiniSeq.Bench;
+
+/// <summary>What the parent asks of a process of its own.</summary>
+/// <param name="Kind">step, longest or gemm.</param>
+/// <param name="Shape">Model and batch.</param>
+/// <param name="Variant">Which of the three.</param>
+/// <param name="DType">float32 or bfloat16.</param>
+/// <param name="Steps">Steps to time, after one that is not.</param>
+/// <param name="Optimizer">Whether AdamW is part of a step.</param>
+/// <param name="BudgetBytes">For longest.</param>
+/// <param name="Compute">Options of mini-sequence.</param>
+/// <param name="Threads">Threads of libtorch; 0 leaves its own choice.</param>
+internal sealed record Order(string Kind, Shape Shape, Variant Variant, string DType, int Steps, bool Optimizer, long BudgetBytes, ComputeOptions Compute, int Threads);
+
+/// <summary>What a process reports.</summary>
+internal sealed record Outcome
+{
+    public double[] Seconds { get; init; } = [];
+    public double Loss { get; init; }
+    public long PeakResidentBytes { get; init; }
+    public long PeakTensorBytes { get; init; }
+    public long BaseBytes { get; init; }
+    public int Longest { get; init; }
+    public double Gflops { get; init; }
+    public int Threads { get; init; }
+}
+
+/// <summary>One variant in one process, so that its memory is its own.</summary>
+internal static class Worker
+{
+    private const string Mark = "outcome: ";
+    private static readonly JsonSerializerOptions s_json = new() { NumberHandling = System.Text.Json.Serialization.JsonNumberHandling.AllowNamedFloatingPointLiterals };
+
+    /// <summary>Starts this program again with an order and waits for the outcome.</summary>
+    public static Outcome Start(Order order)
+    {
+        var start = new ProcessStartInfo(Environment.ProcessPath!) { RedirectStandardOutput = true };
+        if (Path.GetFileNameWithoutExtension(Environment.ProcessPath) == "dotnet") start.ArgumentList.Add(typeof(Worker).Assembly.Location);
+        start.ArgumentList.Add("worker");
+        start.ArgumentList.Add(JsonSerializer.Serialize(order, s_json));
+        using var process = Process.Start(start)!;
+        string? outcome = null;
+        while (process.StandardOutput.ReadLine() is { } line)
+        {
+            if (line.StartsWith(Mark, StringComparison.Ordinal)) outcome = line[Mark.Length..];
+            else Console.Error.WriteLine(line);
+        }
+        process.WaitForExit();
+        if (outcome is null || process.ExitCode != 0)
+            throw new InvalidOperationException($"The process of {Shape.Name(order.Variant)} ({order.DType}) ended with code {process.ExitCode}{(process.ExitCode == 137 ? ": out of memory" : "")}.");
+        return JsonSerializer.Deserialize<Outcome>(outcome, s_json)!;
+    }
+
+    /// <summary>Carries out an order in this process.</summary>
+    public static int Run(string json)
+    {
+        var order = JsonSerializer.Deserialize<Order>(json, s_json)!;
+        if (order.Threads > 0) set_num_threads(order.Threads);
+        var outcome = order.Kind switch
+        {
+            "step" => Step(order),
+            "longest" => Longest(order),
+            "gemm" => Gemm(order),
+            _ => throw new ArgumentException($"Unknown order '{order.Kind}'."),
+        };
+        Console.WriteLine(Mark + JsonSerializer.Serialize(outcome with { Threads = get_num_threads() }, s_json));
+        return 0;
+    }
+
+    private static Outcome Step(Order order)
+    {
+        using var runner = new StepRunner(order.Shape, order.Variant, Shape.ParseDType(order.DType), order.Optimizer, order.Compute);
+        var documents = order.Shape.Documents(order.Shape.Seq);
+        runner.Step(documents); // code, threads and heap
+        TensorMemory.ResetPeak();
+        var seconds = new double[order.Steps];
+        double loss = 0;
+        for (int i = 0; i < seconds.Length; i++)
+        {
+            var clock = Stopwatch.StartNew();
+            loss = runner.Step(documents);
+            seconds[i] = clock.Elapsed.TotalSeconds;
+        }
+        return new Outcome
+        {
+            Seconds = seconds,
+            Loss = loss,
+            PeakResidentBytes = TensorMemory.PeakResidentBytes - runner.BaseResidentBytes,
+            PeakTensorBytes = TensorMemory.PeakBytes - runner.BaseTensorBytes,
+            BaseBytes = runner.BaseTensorBytes,
+        };
+    }
+
+    // The peak is close to a line in the length: two short runs give a guess, a few more close in on the edge of the budget.
+    private static Outcome Longest(Order order)
+    {
+        const int First = 64;
+        using var runner = new StepRunner(order.Shape, order.Variant, Shape.ParseDType(order.DType), optimizer: false, order.Compute);
+        var (fits, over) = ((Seq: 0, Peak: 0L), (Seq: int.MaxValue, Peak: 0L));
+        var previous = (Seq: First, Peak: runner.PeakTensorBytes(First));
+        int next = 4 * First;
+        while (over.Seq - fits.Seq > Math.Max(1, fits.Seq / 100))
+        {
+            long peak = runner.PeakTensorBytes(next);
+            Console.WriteLine($"  {Shape.Name(order.Variant)} {order.DType}: {next} tokens, {peak / 1e6:F0} MB");
+            if (peak <= order.BudgetBytes) fits = (next, peak);
+            else over = (next, peak);
+            if (over.Seq == 1) break;
+            double slope = Math.Max(1, (double)(peak - previous.Peak) / Math.Max(1, next - previous.Seq));
+            if (Math.Abs(next - previous.Seq) > next / 10) previous = (next, peak);
+            int guess = (int)Math.Clamp(next + ((order.BudgetBytes - peak) / slope), 1, 8.0 * next);
+            // Just beside a bound that is already known, so that the next run settles it.
+            if (guess <= fits.Seq) guess = fits.Seq + Math.Max(1, fits.Seq / 100);
+            if (guess >= over.Seq) guess = Math.Max(fits.Seq + 1, over.Seq - Math.Max(1, fits.Seq / 100));
+            next = guess;
+        }
+        return new Outcome { Longest = fits.Seq, PeakTensorBytes = fits.Peak, BaseBytes = runner.BaseTensorBytes };
+    }
+
+    // The rate of the largest product of the shape: what the step's rate is held against.
+    private static Outcome Gemm(Order order)
+    {
+        const int Rows = 2048, Runs = 5;
+        TensorMemory.KeepFreedMemory();
+        using var scope = NewDisposeScope();
+        using var noGrad = no_grad();
+        var dtype = Shape.ParseDType(order.DType);
+        var x = randn(Rows, order.Shape.Hidden).to(dtype);
+        var w = randn(order.Shape.Intermediate, order.Shape.Hidden).to(dtype);
+        double best = double.MaxValue;
+        for (int i = 0; i <= Runs; i++)
+        {
+            var clock = Stopwatch.StartNew();
+            nn.functional.linear(x, w).Dispose();
+            if (i > 0) best = Math.Min(best, clock.Elapsed.TotalSeconds);
+        }
+        return new Outcome { Gflops = 2.0 * Rows * order.Shape.Hidden * order.Shape.Intermediate / best / 1e9 };
+    }
+}
