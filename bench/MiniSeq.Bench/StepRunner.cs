@@ -11,7 +11,7 @@ internal sealed class StepRunner : IDisposable
     private readonly Shape _shape;
     private readonly Variant _variant;
     private readonly CausalLM _model;
-    private readonly AdamW? _optimizer;
+    private readonly FusedAdamW? _optimizer;
     private readonly ComputeOptions _compute;
 
     public StepRunner(Shape shape, Variant variant, ScalarType dtype, bool optimizer, ComputeOptions compute)
@@ -29,9 +29,10 @@ internal sealed class StepRunner : IDisposable
         }
         if (optimizer)
         {
-            _optimizer = new AdamW(_model.parameters(), new TrainingOptions());
+            _optimizer = new FusedAdamW(_model.parameters(), new TrainingOptions());
             _optimizer.Step(0); // makes its state
         }
+        ForwardBackward(shape.Documents(16)); // code and threads are in the base, too
         BaseTensorBytes = TensorMemory.LiveBytes;
         BaseResidentBytes = TensorMemory.ResidentBytes;
         TensorMemory.ResetPeakResident();

@@ -55,7 +55,7 @@ public static class Trainer
         if (documents.Sum(d => d.TargetCount) == 0) throw new ArgumentException($"There is nothing to learn: {documents.Count} documents without a single target token.", nameof(documents));
         TensorMemory.KeepFreedMemory();
         random.manual_seed(options.Seed);
-        using var optimizer = new AdamW(model.parameters(), options);
+        using var optimizer = new FusedAdamW(model.parameters(), options);
         using var best = new BestWeights(model, options);
         int stepsPerEpoch = StepsPerEpoch(documents.Count, options);
         int totalSteps = options.MaxSteps ?? stepsPerEpoch * options.NumTrainEpochs;
@@ -123,7 +123,7 @@ public static class Trainer
     }
 
     // One optimizer step: gradients of the mean over all targets of the window, whatever micro-batch they are in.
-    private static StepResult Step(CausalLM model, AdamW optimizer, IReadOnlyList<TokenSequence> window, int step, double learningRate, TrainingOptions options, CancellationToken cancellationToken)
+    private static StepResult Step(CausalLM model, FusedAdamW optimizer, IReadOnlyList<TokenSequence> window, int step, double learningRate, TrainingOptions options, CancellationToken cancellationToken)
     {
         using var quiet = new CollectionPause();
         optimizer.ZeroGrad();
