@@ -25,7 +25,7 @@ public static class LinearCrossEntropy
     /// <summary>The label that asks for no loss, as in PyTorch and Hugging Face.</summary>
     public const long IgnoreIndex = -100;
 
-    private const long SoftmaxBytes = 1 << 20;
+    private const long SoftmaxBytes = 8 << 20;
 
     /// <summary>
     /// The loss of hidden states under a linear head, differentiable: <c>LossSum.backward()</c> (or of any multiple of it) gives
