@@ -1,0 +1,80 @@
+using MiniSeq.Models;
+using MiniSeq.Training;
+
+namespace MiniSeq.MLNet;
+
+/// <summary>A model in memory and how it is used. One caller at a time: ML.NET may come from several threads.</summary>
+internal sealed class GenerationSession : IDisposable
+{
+    private readonly Lock _lock = new();
+    private readonly DocumentEncoder _prompts;
+    private bool _disposed;
+
+    public GenerationSession(CausalLM model, HuggingFaceTokenizer tokenizer, PipelineSettings settings)
+    {
+        (Model, Tokenizer, Settings) = (model, tokenizer, settings);
+        _prompts = settings.Encoder(tokenizer);
+        _prompts.Prompt("", settings.Generation.MaxNewTokens); // no room for the new tokens: said before training, not at the first row
+    }
+
+    public CausalLM Model { get; }
+
+    public HuggingFaceTokenizer Tokenizer { get; }
+
+    public PipelineSettings Settings { get; }
+
+    public bool IsDisposed => Volatile.Read(ref _disposed);
+
+    /// <summary>How often the model was asked to generate; tests count with it.</summary>
+    public int Calls { get; private set; }
+
+    /// <summary>The generated text of each document; empty where the prompt has no token.</summary>
+    public IReadOnlyList<string> Generate(IReadOnlyList<string> documents, CancellationToken cancellationToken = default)
+    {
+        var options = Settings.Generation;
+        lock (_lock)
+        {
+            ObjectDisposedException.ThrowIf(_disposed, typeof(MiniSeqTransformer));
+            Calls++;
+            int[][] prompts = [.. documents.Select(d => _prompts.Prompt(d, options.MaxNewTokens))];
+            int[][] full = [.. prompts.Where(p => p.Length > 0)];
+            // Drawn one by one, a text depends on its document and the seed only.
+            var texts = options.DoSample
+                ? full.SelectMany(p => Model.Generate([p], options, cancellationToken: cancellationToken))
+                : Model.Generate(full, options, cancellationToken: cancellationToken);
+            var written = new Queue<int[]>(texts);
+            return [.. prompts.Select(p => p.Length == 0 ? "" : Tokenizer.Decode(written.Dequeue()))];
+        }
+    }
+
+    public EvaluationResult Evaluate(IReadOnlyList<TokenSequence> sequences)
+    {
+        lock (_lock)
+        {
+            ObjectDisposedException.ThrowIf(_disposed, typeof(MiniSeqTransformer));
+            return Trainer.Evaluate(Model, sequences);
+        }
+    }
+
+    /// <summary>Writes a Hugging Face folder: config.json, generation_config.json, weights and tokenizer.</summary>
+    public void SavePretrained(string folder)
+    {
+        lock (_lock)
+        {
+            ObjectDisposedException.ThrowIf(_disposed, typeof(MiniSeqTransformer));
+            Model.SavePretrained(folder);
+            Tokenizer.SavePretrained(folder);
+            GenerationConfig.Write(folder, Tokenizer, Settings.Generation);
+        }
+    }
+
+    public void Dispose()
+    {
+        lock (_lock)
+        {
+            if (_disposed) return;
+            Volatile.Write(ref _disposed, true);
+            Model.Dispose();
+        }
+    }
+}

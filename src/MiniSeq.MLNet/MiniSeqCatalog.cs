@@ -1,0 +1,96 @@
+using Microsoft.ML;
+using MiniSeq.Training;
+
+namespace MiniSeq.MLNet;
+
+/// <summary>What <c>mlContext.MiniSeq()</c> offers.</summary>
+public sealed class MiniSeqCatalog
+{
+    private readonly MLContext _context;
+
+    internal MiniSeqCatalog(MLContext context) => _context = context;
+
+    /// <summary>
+    /// More places to look for the weights of a loaded model, before all others: folders of models, or folders that hold these.
+    /// The environment variable <c>MINISEQ_MODEL_PATH</c> adds one more.
+    /// </summary>
+    public static IReadOnlyList<string> ModelSearchPaths { get; set; } = [];
+
+    /// <summary>Fine-tunes a Hugging Face checkpoint to write the label text after the input text.</summary>
+    /// <param name="model">Folder with config.json, model.safetensors and tokenizer.json.</param>
+    /// <param name="labelColumnName">Text to learn to write; null learns the input text itself.</param>
+    /// <param name="inputColumnName">The document.</param>
+    /// <param name="outputColumnName">Gets the generated text.</param>
+    /// <param name="maxLength">The most tokens of prompt and label together: a longer document is cut, the label never; null takes the model's.</param>
+    /// <param name="numTrainEpochs">Passes over the rows.</param>
+    /// <param name="learningRate">The largest learning rate.</param>
+    /// <param name="validationSet">Rows to evaluate on after each pass, with the same columns.</param>
+    /// <exception cref="ArgumentException">A value is outside its range.</exception>
+    public MiniSeqEstimator FineTune(string model, string? labelColumnName = "Summary", string inputColumnName = "Document", string outputColumnName = "GeneratedText",
+        int? maxLength = null, int numTrainEpochs = 3, double learningRate = 5e-5, IDataView? validationSet = null) => FineTune(new FineTuneOptions
+        {
+            Model = model,
+            LabelColumnName = labelColumnName,
+            InputColumnName = inputColumnName,
+            OutputColumnName = outputColumnName,
+            MaxLength = maxLength,
+            Training = new TrainingOptions { NumTrainEpochs = numTrainEpochs, LearningRate = learningRate },
+            ValidationSet = validationSet,
+        });
+
+    /// <summary>Fine-tunes a checkpoint, or trains a new model.</summary>
+    /// <param name="options">Copied: later changes have no effect.</param>
+    /// <exception cref="ArgumentException">A value is outside its range, or not exactly one of <see cref="FineTuneOptions.Model"/> and <see cref="FineTuneOptions.Config"/> is given.</exception>
+    public MiniSeqEstimator FineTune(FineTuneOptions options)
+    {
+        ArgumentNullException.ThrowIfNull(options);
+        return new MiniSeqEstimator(_context, options);
+    }
+
+    /// <summary>The model in a fitted or loaded pipeline, for single texts, evaluation and scoring in batches.</summary>
+    /// <param name="loaded">A <see cref="MiniSeqTransformer"/>, what <c>mlContext.Model.Load</c> gave, or a chain with one of these in it.</param>
+    /// <returns>The fitted transformer itself, or one that shares the weights of the loaded pipeline: disposing it frees them, and the
+    /// pipeline reads them anew when next used.</returns>
+    /// <exception cref="ArgumentException">There is no MiniSeq model in it.</exception>
+    /// <exception cref="FileNotFoundException">The weights beside the saved model are not found.</exception>
+    /// <exception cref="InvalidDataException">They are not those it was saved with.</exception>
+    public MiniSeqTransformer FromModel(ITransformer loaded)
+    {
+        ArgumentNullException.ThrowIfNull(loaded);
+        return SavedPipeline.Find(_context, loaded)
+            ?? throw new ArgumentException("There is no MiniSeq model in this transformer.", nameof(loaded));
+    }
+
+    /// <summary>Loss, perplexity and accuracy of a model on the rows of a data view. Rows with an empty text are skipped.</summary>
+    /// <param name="data">Has the model's input column, and its label column if it was trained with one: what the pipeline's <c>Transform</c> gives will do, and no text is generated for it.</param>
+    /// <param name="model">Anything that <see cref="FromModel"/> takes.</param>
+    /// <param name="labelColumnName">Null takes the one of the training.</param>
+    /// <param name="inputColumnName">Null takes the one of the training.</param>
+    /// <exception cref="ArgumentException">A column is missing or holds no text, or there is no row to evaluate on.</exception>
+    public CausalLMMetrics Evaluate(IDataView data, ITransformer model, string? labelColumnName = null, string? inputColumnName = null)
+    {
+        ArgumentNullException.ThrowIfNull(data);
+        return FromModel(model).Evaluate(data, labelColumnName, inputColumnName);
+    }
+
+    /// <summary>
+    /// <c>mlContext.Model.Save</c> with the folders of weights beside the file, wherever that is: moved together they are found again.
+    /// </summary>
+    /// <param name="model">A pipeline with any number of fitted MiniSeq models.</param>
+    /// <param name="inputSchema">As for <c>mlContext.Model.Save</c>.</param>
+    /// <param name="filePath">The zip file. A relative <see cref="FineTuneOptions.WeightsFolder"/> is relative to its folder.</param>
+    public void Save(ITransformer model, DataViewSchema? inputSchema, string filePath)
+    {
+        using var place = ModelPlace.Enter(filePath);
+        _context.Model.Save(model, inputSchema, filePath);
+    }
+
+    /// <summary><c>mlContext.Model.Load</c> that looks for the folders of weights beside the file first, on every system.</summary>
+    /// <param name="filePath">The zip file.</param>
+    /// <param name="inputSchema">As from <c>mlContext.Model.Load</c>.</param>
+    public ITransformer Load(string filePath, out DataViewSchema inputSchema)
+    {
+        using var place = ModelPlace.Enter(filePath);
+        return _context.Model.Load(filePath, out inputSchema);
+    }
+}

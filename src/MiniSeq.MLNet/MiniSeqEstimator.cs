@@ -1,0 +1,161 @@
+using System.Globalization;
+using Microsoft.ML;
+using Microsoft.ML.Runtime;
+using MiniSeq.Models;
+using MiniSeq.Training;
+using static TorchSharp.torch;
+
+namespace MiniSeq.MLNet;
+
+/// <summary>Trains a causal language model on a text column, or on one text column to write another.</summary>
+/// <remarks>
+/// <format type="text/markdown"><![CDATA[
+/// ### Input and Output Columns
+/// The input and the label column are [text](xref:Microsoft.ML.Data.TextDataViewType). The output column is text: what the model writes after the document.
+/// Rows with an empty input or label are skipped in training and counted in the log.
+///
+/// ### Characteristics
+/// | | |
+/// | -- | -- |
+/// | Machine learning task | Text generation: summaries of very long documents, for one |
+/// | Is normalization or caching required? | No; rows are read once, in the order of the data |
+/// | Required NuGet in addition to Microsoft.ML | TorchSharp with a native backend, such as TorchSharp-cpu |
+/// | Exportable to ONNX | No; the weights are saved as a Hugging Face folder |
+///
+/// ### Training Algorithm Details
+/// AdamW on the exact gradient of the mean loss a label token; layers and loss run in mini-sequences ([arXiv 2407.15892](https://arxiv.org/abs/2407.15892)).
+/// ]]></format>
+/// </remarks>
+public sealed class MiniSeqEstimator : IEstimator<MiniSeqTransformer>
+{
+    private readonly MLContext _context;
+    private readonly FineTuneOptions _options;
+    private readonly IHost _host;
+    private readonly int _seed;
+
+    internal MiniSeqEstimator(MLContext context, FineTuneOptions options)
+    {
+        (_context, _options) = (context, options.Copy());
+        _options.Validate();
+        _host = ((IHostEnvironment)context).Register(nameof(MiniSeqEstimator));
+        _seed = _options.Seed ?? _host.Rand.Next(); // here and not in Fit, so that fitting twice gives the same model twice
+    }
+
+    /// <summary>The schema with the output column added.</summary>
+    /// <exception cref="ArgumentOutOfRangeException">The input or label column is missing or holds no text.</exception>
+    public SchemaShape GetOutputSchema(SchemaShape inputSchema)
+    {
+        ArgumentNullException.ThrowIfNull(inputSchema);
+        TextRows.Check(inputSchema, "input", _options.InputColumnName);
+        if (_options.LabelColumnName is { } label) TextRows.Check(inputSchema, "label", label);
+        return _context.Transforms.CopyColumns(_options.OutputColumnName, _options.InputColumnName).GetOutputSchema(inputSchema);
+    }
+
+    /// <summary>Trains a model.</summary>
+    /// <param name="input">Read once.</param>
+    /// <returns>The trained model: dispose it to free its memory.</returns>
+    /// <exception cref="ArgumentOutOfRangeException">The input or label column is missing or holds no text.</exception>
+    /// <exception cref="ArgumentException">No row to learn from, or a label that does not fit into the maximum length.</exception>
+    /// <exception cref="FileNotFoundException">The checkpoint lacks a file.</exception>
+    /// <exception cref="InvalidDataException">A file of the checkpoint is damaged.</exception>
+    /// <exception cref="InvalidOperationException">There is no such GPU as the context asks for, and no fallback.</exception>
+    /// <exception cref="NotFiniteNumberException">The loss is NaN or infinite; the message names the step.</exception>
+    /// <exception cref="OperationCanceledException">The token of the options was cancelled.</exception>
+    public MiniSeqTransformer Fit(IDataView input)
+    {
+        ArgumentNullException.ThrowIfNull(input);
+        CheckColumns(input.Schema);
+        if (_options.ValidationSet is { } validation) CheckColumns(validation.Schema);
+        _options.CancellationToken.ThrowIfCancellationRequested();
+        using var channel = _host.Start("Fine-tuning");
+        var session = StartSession(ComputeDevice.Of(_context));
+        try
+        {
+            Train(session, input, channel);
+            return new MiniSeqTransformer(_context, session, _options.WeightsFolder);
+        }
+        catch
+        {
+            session.Dispose();
+            throw;
+        }
+    }
+
+    private void CheckColumns(DataViewSchema schema)
+    {
+        TextRows.Column(schema, "input", _options.InputColumnName);
+        if (_options.LabelColumnName is { } label) TextRows.Column(schema, "label", label);
+    }
+
+    private GenerationSession StartSession(Device device)
+    {
+        // The tokenizer and the configuration first: quick to read, and quick to be wrong.
+        var tokenizer = _options.Tokenizer ?? HuggingFaceTokenizer.FromPretrained(ExistingModel());
+        random.manual_seed(_seed);
+        var model = _options.Config is { } config
+            ? new CausalLM(config with { BosTokenId = tokenizer.BosTokenId, EosTokenIds = [.. tokenizer.EosTokenIds] }, device: device)
+            : Checkpoint.LoadPretrained(_options.Model!, device: device);
+        try
+        {
+            return new GenerationSession(model, tokenizer, Settings(model.Config, tokenizer));
+        }
+        catch
+        {
+            model.Dispose();
+            throw;
+        }
+    }
+
+    private string ExistingModel()
+    {
+        DecoderConfig.FromPretrained(_options.Model!);
+        return _options.Model!;
+    }
+
+    private PipelineSettings Settings(DecoderConfig config, HuggingFaceTokenizer tokenizer) => new()
+    {
+        InputColumnName = _options.InputColumnName,
+        OutputColumnName = _options.OutputColumnName,
+        LabelColumnName = _options.LabelColumnName,
+        PromptTemplate = _options.LabelColumnName is null ? DocumentEncoder.InputPlaceholder : _options.PromptTemplate,
+        CompletionOnlyLoss = _options.CompletionOnlyLoss,
+        MaxLength = _options.MaxLength ?? config.MaxPositionEmbeddings,
+        InferenceBatchSize = _options.InferenceBatchSize,
+        Generation = _options.Generation with
+        {
+            EosTokenIds = [.. _options.Generation.EosTokenIds ?? [.. config.EosTokenIds.Union(tokenizer.EosTokenIds)]],
+            Seed = _options.Generation.Seed ?? _seed,
+        },
+    };
+
+    private void Train(GenerationSession session, IDataView input, IChannel channel)
+    {
+        Say(channel, $"seed {_seed}, device {session.Model.Device}, {session.Model.parameters().Sum(p => p.numel()):N0} parameters, at most {session.Settings.MaxLength} tokens a sequence");
+        var documents = Read(session, input, "training", channel);
+        var validation = _options.ValidationSet is { } rows ? Read(session, rows, "validation", channel) : null;
+        var result = Trainer.Train(session.Model, documents, validation, _options.Training with { Seed = _seed }, new Reporter(channel, _options.Progress), _options.CancellationToken);
+        Say(channel, $"trained {result.Steps} steps, mean loss {result.TrainLoss:F4}{(result.StoppedEarly ? ", stopped early" : "")}");
+    }
+
+    private List<TokenSequence> Read(GenerationSession session, IDataView data, string use, IChannel channel)
+    {
+        var encoder = session.Settings.Encoder(session.Tokenizer);
+        var (sequences, skipped) = TextRows.Read(data, _options.InputColumnName, _options.LabelColumnName, encoder, _options.CompletionOnlyLoss, _options.CancellationToken);
+        Say(channel, $"{use} rows: {sequences.Count} with {sequences.Sum(s => (long)s.Length)} tokens, {sequences.Sum(s => s.TargetCount)} of them targets; {encoder.TruncatedCount} documents truncated; {skipped} rows skipped for an empty text");
+        return sequences;
+    }
+
+    private static void Say(IChannel channel, FormattableString message) =>
+        channel.Info(MessageSensitivity.None, "{0}", message.ToString(CultureInfo.InvariantCulture));
+
+    /// <summary>Each report to the log and to the user's own listener.</summary>
+    private sealed class Reporter(IChannel channel, IProgress<TrainingProgress>? listener) : IProgress<TrainingProgress>
+    {
+        public void Report(TrainingProgress p)
+        {
+            Say(channel, $"step {p.Step}/{p.TotalSteps}: loss {p.Loss:F4}, learning rate {p.LearningRate:G3}, {p.TokensPerSecond:F0} tokens/s, peak memory {p.PeakMemoryBytes >> 20} MiB");
+            if (p.Evaluation is { } e) Say(channel, $"step {p.Step}/{p.TotalSteps}: validation loss {e.Loss:F4}, perplexity {e.Perplexity:F3}, token accuracy {e.Accuracy:F4}");
+            listener?.Report(p);
+        }
+    }
+}

@@ -1,0 +1,65 @@
+using Microsoft.ML;
+using Microsoft.ML.Data;
+using MiniSeq.Models;
+using MiniSeq.Training;
+
+namespace MiniSeq.MLNet;
+
+/// <summary>Text columns of a data view: their checks in ML.NET's words, and their rows as token sequences.</summary>
+internal static class TextRows
+{
+    public static DataViewSchema.Column Column(DataViewSchema schema, string role, string name)
+    {
+        var column = schema.GetColumnOrNull(name) ?? throw Missing(role, name);
+        return column.Type is TextDataViewType ? column : throw Mistyped(role, name, column.Type.ToString()!);
+    }
+
+    public static void Check(SchemaShape schema, string role, string name)
+    {
+        var found = schema.Where(c => c.Name == name).ToList();
+        if (found.Count == 0) throw Missing(role, name);
+        var column = found[^1];
+        if (column.Kind != SchemaShape.Column.VectorKind.Scalar) throw Mistyped(role, name, $"{column.Kind} of {column.ItemType}");
+        if (column.ItemType is not TextDataViewType) throw Mistyped(role, name, column.ItemType.ToString()!);
+    }
+
+    /// <summary>The rows as training examples, and how many were skipped: those with an empty text in one of the columns.</summary>
+    public static (List<TokenSequence> Sequences, int Skipped) Read(IDataView data, string input, string? label, DocumentEncoder encoder, bool completionOnly, CancellationToken cancellationToken)
+    {
+        var inputColumn = Column(data.Schema, "input", input);
+        DataViewSchema.Column? labelColumn = label is null ? null : Column(data.Schema, "label", label);
+        using var cursor = data.GetRowCursor(labelColumn is { } l ? [inputColumn, l] : [inputColumn]);
+        var getInput = cursor.GetGetter<ReadOnlyMemory<char>>(inputColumn);
+        var getLabel = labelColumn is { } given ? cursor.GetGetter<ReadOnlyMemory<char>>(given) : null;
+        ReadOnlyMemory<char> document = default, target = default;
+        var sequences = new List<TokenSequence>();
+        int skipped = 0;
+        while (cursor.MoveNext())
+        {
+            cancellationToken.ThrowIfCancellationRequested();
+            getInput(ref document);
+            getLabel?.Invoke(ref target);
+            if (document.IsEmpty || (getLabel is not null && target.IsEmpty)) skipped++;
+            else sequences.Add(Encode(cursor.Position));
+        }
+        return (sequences, skipped);
+
+        TokenSequence Encode(long row)
+        {
+            try
+            {
+                return encoder.Encode(document.ToString(), getLabel is null ? null : target.ToString(), completionOnly);
+            }
+            catch (ArgumentException e)
+            {
+                throw new ArgumentException($"Row {row}: {e.Message}", nameof(data), e);
+            }
+        }
+    }
+
+    private static ArgumentOutOfRangeException Missing(string role, string name) =>
+        new("inputSchema", $"Could not find {role} column '{name}'");
+
+    private static ArgumentOutOfRangeException Mistyped(string role, string name, string got) =>
+        new("inputSchema", $"Schema mismatch for {role} column '{name}': expected String, got {got}");
+}

@@ -1,0 +1,116 @@
+using System.Security.Cryptography;
+using System.Text;
+using System.Text.RegularExpressions;
+
+namespace MiniSeq.MLNet;
+
+/// <summary>What a file must be.</summary>
+/// <param name="Bytes">Length.</param>
+/// <param name="Sha256">Lower-case hexadecimal.</param>
+internal sealed record FileSeal(long Bytes, string Sha256)
+{
+    public static FileSeal Of(string path)
+    {
+        using var stream = File.OpenRead(path);
+        return new FileSeal(stream.Length, Convert.ToHexStringLower(SHA256.HashData(stream)));
+    }
+}
+
+/// <summary>The Hugging Face folder beside a saved pipeline: written, found again and checked. Files pass through in a stream.</summary>
+internal static partial class WeightsFolder
+{
+    public const string PathVariable = "MINISEQ_MODEL_PATH";
+
+    /// <summary>Writes a folder whole: first under a temporary name, then renamed, or its files moved into the folder that is there.</summary>
+    /// <param name="write">Fills the folder it is given.</param>
+    /// <param name="parent">Where a folder goes that is named by its content.</param>
+    /// <param name="wanted">Another place; null names it by its content.</param>
+    public static (string Folder, SortedDictionary<string, FileSeal> Files) Write(Action<string> write, string parent, string? wanted)
+    {
+        Directory.CreateDirectory(parent);
+        string temporary = Path.Combine(parent, $".miniseq-{Guid.NewGuid():N}.tmp");
+        try
+        {
+            write(temporary);
+            var files = new SortedDictionary<string, FileSeal>(Directory.GetFiles(temporary).ToDictionary(f => Path.GetFileName(f), FileSeal.Of), StringComparer.Ordinal);
+            string folder = wanted ?? Path.Combine(parent, $"miniseq-model-{Digest(files)[..12]}");
+            if (Directory.Exists(folder)) MoveFiles(temporary, folder, files);
+            else Directory.Move(temporary, folder);
+            return (folder, files);
+        }
+        finally
+        {
+            if (Directory.Exists(temporary)) Directory.Delete(temporary, recursive: true);
+        }
+    }
+
+    /// <summary>The first place with the very files of the manifest.</summary>
+    /// <param name="manifest">Says what is looked for.</param>
+    /// <param name="places">Folders the zip file may be in.</param>
+    /// <exception cref="FileNotFoundException">The folder, or a file in it, is nowhere.</exception>
+    /// <exception cref="InvalidDataException">A file is not what was saved.</exception>
+    public static string Find(Manifest manifest, IReadOnlyList<string> places)
+    {
+        List<string> candidates = [.. Candidates(manifest, places).Distinct()];
+        Exception? first = null;
+        foreach (string folder in candidates.Where(Directory.Exists))
+        {
+            if (Problem(folder, manifest) is not { } problem) return folder;
+            first ??= problem;
+        }
+        string name = Path.GetFileName(manifest.Folder);
+        throw first ?? new FileNotFoundException($"The weights of this MiniSeq model are in a folder '{name}' beside it, and that is in none of these places: {string.Join(", ", candidates)}. "
+            + $"Copy the folder there, or say where it is in the environment variable {PathVariable} or in MiniSeqCatalog.ModelSearchPaths.", manifest.Folder);
+    }
+
+    private static IEnumerable<string> Candidates(Manifest manifest, IReadOnlyList<string> places)
+    {
+        string name = Path.GetFileName(manifest.Folder);
+        string? variable = Environment.GetEnvironmentVariable(PathVariable);
+        foreach (string path in MiniSeqCatalog.ModelSearchPaths.Concat(string.IsNullOrEmpty(variable) ? [] : [variable]))
+        {
+            yield return Path.Combine(Path.GetFullPath(path), name);
+            // The folder itself, under whatever name; a folder that only holds models is none.
+            if (File.Exists(Path.Combine(path, "config.json"))) yield return Path.GetFullPath(path);
+        }
+        foreach (string place in places) yield return Path.Combine(place, name);
+        yield return manifest.Folder;
+        yield return Path.Combine(Environment.CurrentDirectory, name);
+        yield return Path.Combine(Path.TrimEndingDirectorySeparator(AppContext.BaseDirectory), name);
+    }
+
+    private static Exception? Problem(string folder, Manifest manifest)
+    {
+        // All lengths first: a missing or truncated file is then known without reading gigabytes.
+        foreach (var (name, seal) in manifest.Files)
+        {
+            var file = new FileInfo(Path.Combine(folder, name));
+            if (!file.Exists) return new FileNotFoundException($"'{file.FullName}' is missing: it belongs to this MiniSeq model. Copy the whole folder as it was saved, or save the model again.", file.FullName);
+            if (file.Length != seal.Bytes) return Changed(file.FullName, $"it has {file.Length} bytes and had {seal.Bytes}");
+        }
+        foreach (var (name, seal) in manifest.Files)
+        {
+            string path = Path.Combine(folder, name), sha = FileSeal.Of(path).Sha256;
+            if (sha != seal.Sha256) return Changed(path, $"its SHA-256 is {sha} and was {seal.Sha256}");
+        }
+        return null;
+    }
+
+    private static InvalidDataException Changed(string path, string how) =>
+        new($"'{path}' is damaged or not the file this MiniSeq model was saved with: {how}. Copy the folder as it was saved, or save the model again.");
+
+    private static void MoveFiles(string from, string to, IReadOnlyDictionary<string, FileSeal> files)
+    {
+        foreach (string name in files.Keys) File.Move(Path.Combine(from, name), Path.Combine(to, name), overwrite: true);
+        // Weights of an earlier save in other shards would be read with, or instead of, the new ones.
+        foreach (string path in Directory.GetFiles(to))
+            if (WeightFile.IsMatch(Path.GetFileName(path)) && !files.ContainsKey(Path.GetFileName(path))) File.Delete(path);
+    }
+
+    [GeneratedRegex(@"^model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$")]
+    private static partial Regex WeightFile { get; }
+
+    // As of the lines that sha256sum prints.
+    private static string Digest(IEnumerable<KeyValuePair<string, FileSeal>> files) =>
+        Convert.ToHexStringLower(SHA256.HashData(Encoding.UTF8.GetBytes(string.Concat(files.Select(f => $"{f.Value.Sha256}  {f.Key}\n")))));
+}
