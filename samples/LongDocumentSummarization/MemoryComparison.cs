@@ -1,6 +1,5 @@
 using MiniSeq.Layers;
 using MiniSeq.Models;
-using MiniSeq.Training;
 using static TorchSharp.torch;
 
 namespace LongDocumentSummarization;

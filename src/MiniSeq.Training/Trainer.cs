@@ -9,7 +9,7 @@ namespace MiniSeq.Training;
 /// <param name="Step">Optimizer steps done.</param>
 /// <param name="TotalSteps">Steps of the run.</param>
 /// <param name="Epoch">Passes over the documents done, as a fraction.</param>
-/// <param name="Loss">Mean loss a target token, in nats, over the steps since the last report.</param>
+/// <param name="Loss">Mean loss a target token, in nats, over the steps since the last report; 0 in the report of step 0.</param>
 /// <param name="LearningRate">Of the last step.</param>
 /// <param name="GradNorm">L2 norm of the last step's gradient before clipping.</param>
 /// <param name="TokensPerSecond">Tokens read, targets or not, since the last report; evaluation is not counted.</param>
