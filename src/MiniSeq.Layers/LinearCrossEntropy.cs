@@ -51,7 +51,7 @@ public static class LinearCrossEntropy
             var result = new Tensor?[trained.Length];
             if (gradients[0] is { } upstream) result[0] = sink!.Finish(upstream);
             return result;
-        });
+        }, sink);
         return new TokenLoss(sum.MoveToOuterDisposeScope(), count);
     }
 
@@ -145,7 +145,7 @@ public static class LinearCrossEntropy
     }
 
     /// <summary>Gradients for an upstream gradient that is known only in backward: the head's are held apart and scaled then.</summary>
-    private sealed class GradientSink
+    private sealed class GradientSink : IDisposable
     {
         private readonly Projection _head;
         private readonly long[] _shape;
@@ -153,6 +153,7 @@ public static class LinearCrossEntropy
         private readonly Tensor? _dHidden; // [n, d], the rows that have a label
         private readonly Tensor? _dWeight;
         private readonly Tensor? _dBias;
+        private bool _finished;
 
         public GradientSink(Tensor hidden, Projection head, Tensor rows)
         {
@@ -177,25 +178,26 @@ public static class LinearCrossEntropy
         /// <summary>Scales by the upstream gradient, accumulates the head's gradients and returns that of the hidden states.</summary>
         public Tensor? Finish(Tensor upstream)
         {
+            if (_finished) throw new InvalidOperationException("The gradients of this loss were already handed out: backward runs once over it.");
+            _finished = true;
+            using var scope = NewDisposeScope();
             AccumulateScaled(_head.Weight, _dWeight, upstream);
             if (_head.Bias is not null) AccumulateScaled(_head.Bias, _dBias, upstream);
             if (_dHidden is null) return null;
-            using (_dHidden)
-            using (_rows)
-            using (NewDisposeScope())
-            {
-                var full = zeros([_shape[..^1].Aggregate(1L, (a, b) => a * b), _shape[^1]], _dHidden.dtype, _dHidden.device);
-                full.index_copy_(0, _rows, _dHidden.mul_(upstream.to(_dHidden.dtype)));
-                return full.view(_shape).MoveToOuterDisposeScope();
-            }
+            var full = zeros([_shape[..^1].Aggregate(1L, (a, b) => a * b), _shape[^1]], _dHidden.dtype, _dHidden.device);
+            full.index_copy_(0, _rows, _dHidden.mul_(upstream.to(_dHidden.dtype)));
+            Dispose(); // not when the graph dies, which may be a step later
+            return full.view(_shape).MoveToOuterDisposeScope();
+        }
+
+        public void Dispose()
+        {
+            foreach (var t in new[] { _rows, _dHidden, _dWeight, _dBias }) t?.Dispose();
         }
 
         private static void AccumulateScaled(Tensor parameter, Tensor? gradient, Tensor upstream)
         {
-            if (gradient is null) return;
-            using (gradient)
-            using (var scale = upstream.to(gradient.dtype))
-                Gradients.Accumulate(parameter, gradient.mul_(scale));
+            if (gradient is not null) Gradients.Accumulate(parameter, gradient.mul_(upstream.to(gradient.dtype)));
         }
     }
 }
