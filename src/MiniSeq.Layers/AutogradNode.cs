@@ -16,7 +16,7 @@ public sealed unsafe class AutogradNode
 {
     private static readonly HashSet<AutogradNode> s_alive = [];
     private static Exception? s_pending;
-    [ThreadStatic] private static AutogradNode? t_last;
+    [ThreadStatic] private static AutogradNode? s_last;
 
     private readonly Func<AutogradNode, Tensor?[], Tensor?[]> _backward;
     private readonly List<IntPtr> _saved = [];
@@ -171,14 +171,14 @@ public sealed unsafe class AutogradNode
         DisposeLastReturned();
         for (int i = 0; i < _inputs; i++) _returned[i] = result[i]?.Handle ?? 0;
         _returnedRoots = [.. result.OfType<Tensor>()];
-        t_last = this;
+        s_last = this;
         return new Native.TensorArray(_returned, _inputs);
     }
 
     private static void DisposeLastReturned()
     {
-        t_last?.DisposeReturned();
-        t_last = null;
+        s_last?.DisposeReturned();
+        s_last = null;
     }
 
     private void DisposeReturned()
