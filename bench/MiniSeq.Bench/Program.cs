@@ -25,7 +25,7 @@ var lossFraction = new Option<double>("--loss-fraction") { DefaultValueFactory =
 var dtype = new Option<string[]>("--dtype") { DefaultValueFactory = _ => ["float32"], AllowMultipleArgumentsPerToken = true, Description = "float32, bfloat16 or both" };
 var variants = new Option<string[]>("--variants") { DefaultValueFactory = _ => ["plain", "recompute", "mini-sequence"], AllowMultipleArgumentsPerToken = true, Description = "which to run" };
 var optimizer = new Option<string>("--optimizer") { DefaultValueFactory = _ => "adamw", Description = "adamw, or none: forward and backward only" };
-var recompute = new Option<RecomputePolicy>("--recompute") { DefaultValueFactory = _ => RecomputePolicy.Auto, Description = "what mini-sequence computes again in backward; Auto keeps what --budget-mb allows" };
+var recompute = new Option<RecomputePolicy>("--recompute") { DefaultValueFactory = _ => RecomputePolicy.Auto, Description = "what mini-sequence computes again in backward; Auto keeps what --budget-mb allows, and nothing where the longest sequence is sought" };
 var json = new Option<FileInfo?>("--json") { Description = "write the result to this file, too" };
 
 Option[] shared = [hidden, intermediate, layers, heads, kvHeads, vocab, seq, batch, chunk, threads, lossFraction, dtype, variants, budget, recompute, json];
@@ -66,8 +66,10 @@ Comparison Make(ParseResult p) => new()
     Steps = Math.Max(1, p.CommandResult.Command == step ? p.GetValue(steps) : 1),
     Optimizer = p.CommandResult.Command == step && p.GetValue(optimizer) != "none",
     Threads = p.GetValue(threads),
-    Compute = new ComputeOptions(p.GetValue(chunk), p.GetValue(recompute), (long)p.GetValue(budget) << 20),
+    Compute = new ComputeOptions(p.GetValue(chunk), Policy(p), (long)p.GetValue(budget) << 20),
 };
+
+RecomputePolicy Policy(ParseResult p) => p.CommandResult.Command == longest && p.GetValue(recompute) == RecomputePolicy.Auto ? RecomputePolicy.Full : p.GetValue(recompute);
 
 static Variant ParseVariant(string name) => Enum.GetValues<Variant>().Cast<Variant?>().FirstOrDefault(v => Shape.Name(v!.Value) == name)
     ?? throw new ArgumentException($"--variants {name} is not known: write plain, recompute or mini-sequence.");
