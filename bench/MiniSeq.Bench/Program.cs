@@ -69,7 +69,7 @@ Comparison Make(ParseResult p) => new()
     Compute = new ComputeOptions(p.GetValue(chunk), Policy(p), (long)p.GetValue(budget) << 20),
 };
 
-RecomputePolicy Policy(ParseResult p) => p.CommandResult.Command == longest && p.GetValue(recompute) == RecomputePolicy.Auto ? RecomputePolicy.Full : p.GetValue(recompute);
+RecomputePolicy Policy(ParseResult p) => p.CommandResult.Command.Name == "longest" && p.GetValue(recompute) == RecomputePolicy.Auto ? RecomputePolicy.Full : p.GetValue(recompute);
 
 static Variant ParseVariant(string name) => Enum.GetValues<Variant>().Cast<Variant?>().FirstOrDefault(v => Shape.Name(v!.Value) == name)
     ?? throw new ArgumentException($"--variants {name} is not known: write plain, recompute or mini-sequence.");
