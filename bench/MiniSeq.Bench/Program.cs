@@ -25,15 +25,15 @@ var lossFraction = new Option<double>("--loss-fraction") { DefaultValueFactory =
 var dtype = new Option<string[]>("--dtype") { DefaultValueFactory = _ => ["float32"], AllowMultipleArgumentsPerToken = true, Description = "float32, bfloat16 or both" };
 var variants = new Option<string[]>("--variants") { DefaultValueFactory = _ => ["plain", "recompute", "mini-sequence"], AllowMultipleArgumentsPerToken = true, Description = "which to run" };
 var optimizer = new Option<string>("--optimizer") { DefaultValueFactory = _ => "adamw", Description = "adamw, or none: forward and backward only" };
-var keepAttention = new Option<bool>("--keep-attention") { Description = "mini-sequence keeps attention's output for backward" };
+var recompute = new Option<RecomputePolicy>("--recompute") { DefaultValueFactory = _ => RecomputePolicy.Auto, Description = "what mini-sequence computes again in backward; Auto keeps what --budget-mb allows" };
 var json = new Option<FileInfo?>("--json") { Description = "write the result to this file, too" };
 
-Option[] shared = [hidden, intermediate, layers, heads, kvHeads, vocab, seq, batch, chunk, threads, lossFraction, dtype, variants, keepAttention, json];
+Option[] shared = [hidden, intermediate, layers, heads, kvHeads, vocab, seq, batch, chunk, threads, lossFraction, dtype, variants, budget, recompute, json];
 var step = new Command("step", "Tokens a second and peak memory of a training step: plain, recompute, mini-sequence.");
 foreach (var o in shared.Concat([rounds, steps, optimizer])) step.Add(o);
 step.SetAction(p => Finish(p, Make(p).RunSteps()));
 var longest = new Command("longest", "The longest sequence of each variant within a budget of memory that grows with the sequence.");
-foreach (var o in shared.Append(budget)) longest.Add(o);
+foreach (var o in shared) longest.Add(o);
 longest.SetAction(p => Finish(p, Make(p).RunLongest((long)p.GetValue(budget) << 20)));
 var root = new RootCommand("Measures MiniSeqMLNet against the plain TorchSharp forms.") { step, longest };
 try
@@ -66,7 +66,7 @@ Comparison Make(ParseResult p) => new()
     Steps = Math.Max(1, p.CommandResult.Command == step ? p.GetValue(steps) : 1),
     Optimizer = p.CommandResult.Command == step && p.GetValue(optimizer) != "none",
     Threads = p.GetValue(threads),
-    Compute = new ComputeOptions(p.GetValue(chunk), p.GetValue(keepAttention)),
+    Compute = new ComputeOptions(p.GetValue(chunk), p.GetValue(recompute), (long)p.GetValue(budget) << 20),
 };
 
 static Variant ParseVariant(string name) => Enum.GetValues<Variant>().Cast<Variant?>().FirstOrDefault(v => Shape.Name(v!.Value) == name)

@@ -11,8 +11,9 @@ internal sealed class StepRunner : IDisposable
     private readonly Shape _shape;
     private readonly Variant _variant;
     private readonly CausalLM _model;
-    private readonly AdamW? _optimizer;
+    private readonly FusedAdamW? _optimizer;
     private readonly ComputeOptions _compute;
+    private long _shortest;
 
     public StepRunner(Shape shape, Variant variant, ScalarType dtype, bool optimizer, ComputeOptions compute)
     {
@@ -29,9 +30,10 @@ internal sealed class StepRunner : IDisposable
         }
         if (optimizer)
         {
-            _optimizer = new AdamW(_model.parameters(), new TrainingOptions());
+            _optimizer = new FusedAdamW(_model.parameters(), new TrainingOptions());
             _optimizer.Step(0); // makes its state
         }
+        ForwardBackward(shape.Documents(16)); // code and threads are in the base, too
         BaseTensorBytes = TensorMemory.LiveBytes;
         BaseResidentBytes = TensorMemory.ResidentBytes;
         TensorMemory.ResetPeakResident();
@@ -52,8 +54,17 @@ internal sealed class StepRunner : IDisposable
         return loss;
     }
 
-    /// <summary>Largest bytes of tensors over <see cref="BaseTensorBytes"/> in a forward and backward over a length.</summary>
-    public long PeakTensorBytes(int seq)
+    /// <summary>
+    /// Largest bytes of tensors in a forward and backward over a length, over those of two tokens: what grows with the sequence.
+    /// A passing second copy of a weight's gradient, as autograd makes it, is not part of it.
+    /// </summary>
+    public long GrowingTensorBytes(int seq)
+    {
+        if (_shortest == 0) _shortest = Peak(2);
+        return Peak(seq) - _shortest;
+    }
+
+    private long Peak(int seq)
     {
         var documents = _shape.Documents(seq);
         ZeroGradients();

@@ -103,11 +103,11 @@ internal static class Worker
         const int First = 64;
         using var runner = new StepRunner(order.Shape, order.Variant, Shape.ParseDType(order.DType), optimizer: false, order.Compute);
         var (fits, over) = ((Seq: 0, Peak: 0L), (Seq: int.MaxValue, Peak: 0L));
-        var previous = (Seq: First, Peak: runner.PeakTensorBytes(First));
+        var previous = (Seq: First, Peak: runner.GrowingTensorBytes(First));
         int next = 4 * First;
-        while (over.Seq - fits.Seq > Math.Max(1, fits.Seq / 100))
+        while (over.Seq - fits.Seq > Math.Max(1, fits.Seq / 50))
         {
-            long peak = runner.PeakTensorBytes(next);
+            long peak = runner.GrowingTensorBytes(next);
             Console.WriteLine($"  {Shape.Name(order.Variant)} {order.DType}: {next} tokens, {peak / 1e6:F0} MB");
             if (peak <= order.BudgetBytes) fits = (next, peak);
             else over = (next, peak);
@@ -116,8 +116,8 @@ internal static class Worker
             if (Math.Abs(next - previous.Seq) > next / 10) previous = (next, peak);
             int guess = (int)Math.Clamp(next + ((order.BudgetBytes - peak) / slope), 1, 8.0 * next);
             // Just beside a bound that is already known, so that the next run settles it.
-            if (guess <= fits.Seq) guess = fits.Seq + Math.Max(1, fits.Seq / 100);
-            if (guess >= over.Seq) guess = Math.Max(fits.Seq + 1, over.Seq - Math.Max(1, fits.Seq / 100));
+            if (guess <= fits.Seq) guess = fits.Seq + Math.Max(1, fits.Seq / 50);
+            if (guess >= over.Seq) guess = Math.Max(fits.Seq + 1, over.Seq - Math.Max(1, fits.Seq / 50));
             next = guess;
         }
         return new Outcome { Longest = fits.Seq, PeakTensorBytes = fits.Peak, BaseBytes = runner.BaseTensorBytes };

@@ -16,10 +16,11 @@ public sealed unsafe class AutogradNode
 {
     private static readonly HashSet<AutogradNode> s_alive = [];
     private static Exception? s_pending;
-    [ThreadStatic] private static AutogradNode? t_last;
+    [ThreadStatic] private static AutogradNode? s_last;
 
     private readonly Func<AutogradNode, Tensor?[], Tensor?[]> _backward;
     private readonly List<IntPtr> _saved = [];
+    private readonly IDisposable? _state;
     private readonly int _inputs;
     private readonly Native.Apply _apply;
     private readonly Native.Delete _delete;
@@ -27,10 +28,9 @@ public sealed unsafe class AutogradNode
     private IntPtr* _returned;
     private List<Tensor>? _returnedRoots;
 
-    private AutogradNode(Tensor[] inputs, Func<AutogradNode, Tensor?[], Tensor?[]> backward)
+    private AutogradNode(Tensor[] inputs, Func<AutogradNode, Tensor?[], Tensor?[]> backward, IDisposable? state)
     {
-        _inputs = inputs.Length;
-        _backward = backward;
+        (_inputs, _backward, _state) = (inputs.Length, backward, state);
         NeedsInputGrad = Array.ConvertAll(inputs, i => i.requires_grad);
         (_apply, _delete) = (OnApply, OnDelete);
     }
@@ -49,12 +49,13 @@ public sealed unsafe class AutogradNode
     /// <param name="forward">Computes the output; runs without gradients where the node is recorded.</param>
     /// <param name="save">Tensors that backward needs, read there by <see cref="Unpack"/>.</param>
     /// <param name="backward">The closed form or the recomputation.</param>
-    public static Tensor Apply(Tensor[] inputs, Func<Tensor> forward, Tensor[] save, Func<AutogradNode, Tensor?[], Tensor?[]> backward)
+    /// <param name="state">Disposed with the graph, whether backward ran or not.</param>
+    public static Tensor Apply(Tensor[] inputs, Func<Tensor> forward, Tensor[] save, Func<AutogradNode, Tensor?[], Tensor?[]> backward, IDisposable? state = null)
     {
         if (!is_grad_enabled() || !inputs.Any(i => i.requires_grad)) return forward();
         Tensor raw;
         using (no_grad()) raw = forward(); // before anything native exists: an exception here leaks nothing
-        var node = new AutogradNode(inputs, backward);
+        var node = new AutogradNode(inputs, backward, state);
         try
         {
             return node.Record(inputs, raw, save);
@@ -170,14 +171,14 @@ public sealed unsafe class AutogradNode
         DisposeLastReturned();
         for (int i = 0; i < _inputs; i++) _returned[i] = result[i]?.Handle ?? 0;
         _returnedRoots = [.. result.OfType<Tensor>()];
-        t_last = this;
+        s_last = this;
         return new Native.TensorArray(_returned, _inputs);
     }
 
     private static void DisposeLastReturned()
     {
-        t_last?.DisposeReturned();
-        t_last = null;
+        s_last?.DisposeReturned();
+        s_last = null;
     }
 
     private void DisposeReturned()
@@ -190,6 +191,7 @@ public sealed unsafe class AutogradNode
     {
         ReleaseSaved();
         DisposeReturned();
+        _state?.Dispose();
         NativeMemory.Free(_returned);
         _returned = null;
         Native.THSAutograd_CSharpNode_disposeWeakPtr(_node);

@@ -11,12 +11,14 @@ public static class Chunking
     /// <summary>The fewest rows at which a matrix product still runs at its full speed (measured: within 5% in bfloat16).</summary>
     public const int FullSpeedRows = 256;
 
-    // One intermediate of a chunk. Small enough to stay in the last-level cache between a product and the element-wise passes over it.
-    private const long IntermediateBytes = 8L << 20;
+    // One intermediate of a chunk. Each chunk reads and writes the whole weight gradient once: fewer rows would cost time, more only memory.
+    private const long IntermediateBytes = 16L << 20;
+    private const long LogitBytes = 128L << 20;
+    private const long MostLogitRows = 1024;
 
     /// <summary>
     /// The rows of one mini-sequence. A positive <paramref name="chunkSize"/> is taken as it is; <see cref="Auto"/> gives
-    /// max(256, 8 MiB / (width · bytes)) rounded down to a multiple of 64, and never more than <paramref name="rows"/>.
+    /// max(256, 16 MiB / (width · bytes)) rounded down to a multiple of 64, and never more than <paramref name="rows"/>.
     /// </summary>
     /// <param name="chunkSize">Rows of a chunk, or <see cref="Auto"/>.</param>
     /// <param name="rows">Rows there are: batch × sequence.</param>
@@ -31,6 +33,13 @@ public static class Chunking
             wanted = Math.Max(FullSpeedRows, IntermediateBytes / (width * dtype.ElementSize()) / 64 * 64);
         return Math.Max(1, Math.Min(wanted, rows));
     }
+
+    /// <summary>
+    /// The same for the LM head, of which one chunk holds nothing but its logits: <see cref="Auto"/> gives
+    /// max(256, min(1024, 128 MiB / (V · bytes))) rounded down to a multiple of 64.
+    /// </summary>
+    public static long LogitRows(int chunkSize, long rows, long vocabulary, torch.ScalarType dtype) =>
+        Rows(chunkSize == Auto ? (int)Math.Max(FullSpeedRows, Math.Min(MostLogitRows, LogitBytes / (vocabulary * dtype.ElementSize())) / 64 * 64) : chunkSize, rows, vocabulary, dtype);
 
     /// <summary>Calls <paramref name="body"/>(start, count) for each mini-sequence, each in a dispose scope of its own; the last may be shorter.</summary>
     public static void ForEach(long rows, long chunk, Action<long, long> body)

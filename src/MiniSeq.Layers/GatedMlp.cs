@@ -69,18 +69,26 @@ public sealed class GatedMlp : nn.Module<Tensor, Tensor>
     }
 
     /// <summary>y of one mini-sequence. Shapes: x [rows, d], y [rows, d]. Records no graph of its own.</summary>
-    public Tensor ForwardChunk(Tensor x)
-    {
-        using var scope = NewDisposeScope();
-        var hidden = ActivationFunctions.Apply(_activation, _gate.forward(x)).mul_(_up.forward(x));
-        return _down.forward(hidden).MoveToOuterDisposeScope();
-    }
-
-    /// <summary>dx of one mini-sequence from dy, with gate and up recomputed; weight gradients are accumulated. Shapes: all [rows, d].</summary>
-    public Tensor? BackwardChunk(Tensor x, Tensor dy, bool needsInputGrad = true)
+    /// <param name="x">[rows, d].</param>
+    /// <param name="keep">Where gate and up [rows, I] are written, if backward is not to compute them again.</param>
+    public Tensor ForwardChunk(Tensor x, (Tensor Gate, Tensor Up)? keep = null)
     {
         using var scope = NewDisposeScope();
         var (gate, up) = (_gate.forward(x), _up.forward(x));
+        keep?.Gate.copy_(gate);
+        keep?.Up.copy_(up);
+        return _down.forward(ActivationFunctions.Apply(_activation, gate).mul_(up)).MoveToOuterDisposeScope();
+    }
+
+    /// <summary>dx of one mini-sequence from dy; weight gradients are accumulated. Shapes: x, dy and dx [rows, d].</summary>
+    /// <param name="x">[rows, d].</param>
+    /// <param name="dy">[rows, d].</param>
+    /// <param name="kept">Gate and up [rows, I] of forward; null computes them again.</param>
+    /// <param name="needsInputGrad">Whether dx is wanted.</param>
+    public Tensor? BackwardChunk(Tensor x, Tensor dy, (Tensor Gate, Tensor Up)? kept = null, bool needsInputGrad = true)
+    {
+        using var scope = NewDisposeScope();
+        var (gate, up) = kept ?? (_gate.forward(x), _up.forward(x));
         var act = ActivationFunctions.Apply(_activation, gate);
         using (var hidden = act * up)                              // h = act(g) ⊙ u
             _down.AccumulateGradients(hidden, dy);                 // dW_d += dyᵀ h
@@ -114,7 +122,7 @@ public sealed class GatedMlp : nn.Module<Tensor, Tensor>
         var dx = needsInputGrad ? empty_like(x) : null;
         Chunking.ForEach(x.size(0), ChunkRows(x), (start, count) =>
         {
-            var chunk = BackwardChunk(x.narrow(0, start, count), dy.narrow(0, start, count), needsInputGrad);
+            var chunk = BackwardChunk(x.narrow(0, start, count), dy.narrow(0, start, count), needsInputGrad: needsInputGrad);
             if (chunk is not null) dx!.narrow(0, start, count).copy_(chunk);
         });
         return dx?.view(input.shape).MoveToOuterDisposeScope();

@@ -5,9 +5,12 @@ namespace MiniSeq.Layers;
 /// <summary>Accumulation into <c>.grad</c>, in place and in float32 or better.</summary>
 public static class Gradients
 {
+    private const long BlockBytes = 16 << 20;
+    private const long FewestBlockRows = 256;
+
     /// <summary>
-    /// parameter.grad += gradient. The first gradient becomes <c>.grad</c>; a bfloat16 or float16 parameter gets a float32
-    /// <c>.grad</c>, because adding many chunks in bfloat16 loses accuracy with their number.
+    /// parameter.grad += gradient. A bfloat16 or float16 parameter gets a float32 <c>.grad</c>, because adding many chunks in
+    /// bfloat16 loses accuracy with their number.
     /// </summary>
     /// <param name="parameter">Left alone where it does not require a gradient.</param>
     /// <param name="gradient">Same shape; the caller still owns it.</param>
@@ -25,7 +28,7 @@ public static class Gradients
         parameter.grad = first;
     }
 
-    /// <summary>parameter.grad += aᵀ b, without a temporary of the parameter's size where the element types allow.</summary>
+    /// <summary>parameter.grad += aᵀ b, without a temporary of the parameter's size.</summary>
     /// <param name="parameter">[m, n].</param>
     /// <param name="a">[rows, m].</param>
     /// <param name="b">[rows, n].</param>
@@ -34,16 +37,32 @@ public static class Gradients
         if (!parameter.requires_grad) return;
         using var noGrad = no_grad();
         using var existing = parameter.grad;
-        using var at = a.t();
-        if (existing is not null && existing.dtype == a.dtype)
+        if (existing is not null)
         {
-            existing.addmm_(at, b);
+            AddProduct(existing, a, b);
             return;
         }
-        using var product = at.mm(b);
-        if (existing is not null) existing.add_(product);
-        else if (product.dtype == AccumulationType(parameter.dtype)) parameter.grad = product;
-        else Accumulate(parameter, product);
+        var dtype = AccumulationType(parameter.dtype);
+        using var at = a.t();
+        using var first = dtype == a.dtype ? at.mm(b) : zeros(parameter.shape, dtype, parameter.device);
+        if (dtype != a.dtype) AddProduct(first, a, b);
+        parameter.grad = first;
+    }
+
+    /// <summary>accumulator += aᵀ b. A 16-bit product is rounded before it is added, a block of rows at a time.</summary>
+    /// <param name="accumulator">[m, n].</param>
+    /// <param name="a">[rows, m].</param>
+    /// <param name="b">[rows, n].</param>
+    public static void AddProduct(Tensor accumulator, Tensor a, Tensor b)
+    {
+        using var at = a.t();
+        if (accumulator.dtype == a.dtype)
+        {
+            accumulator.addmm_(at, b);
+            return;
+        }
+        long block = Math.Max(FewestBlockRows, BlockBytes / Math.Max(1, b.size(1) * b.element_size()));
+        Chunking.ForEach(at.size(0), block, (start, count) => accumulator.narrow(0, start, count).add_(at.narrow(0, start, count).mm(b)));
     }
 
     /// <summary>float32 for the 16-bit types, else the type itself.</summary>

@@ -1,3 +1,4 @@
+using TorchSharp;
 using static TorchSharp.torch;
 
 namespace MiniSeq.Layers;
@@ -24,6 +25,8 @@ public static class LinearCrossEntropy
     /// <summary>The label that asks for no loss, as in PyTorch and Hugging Face.</summary>
     public const long IgnoreIndex = -100;
 
+    private const long SoftmaxBytes = 8 << 20;
+
     /// <summary>
     /// The loss of hidden states under a linear head, differentiable: <c>LossSum.backward()</c> (or of any multiple of it) gives
     /// the gradients of <paramref name="hidden"/> and of the head, the latter added to <c>.grad</c>.
@@ -48,7 +51,7 @@ public static class LinearCrossEntropy
             var result = new Tensor?[trained.Length];
             if (gradients[0] is { } upstream) result[0] = sink!.Finish(upstream);
             return result;
-        });
+        }, sink);
         return new TokenLoss(sum.MoveToOuterDisposeScope(), count);
     }
 
@@ -98,21 +101,30 @@ public static class LinearCrossEntropy
         return rows.MoveToOuterDisposeScope();
     }
 
-    // p = softmax(z); d(−log p[y]) / dz = p − onehot(y). z is overwritten by each of its successors.
+    // The logits of a chunk become their own gradient, a few rows at a time: those stay in the cache, and are float32 or better only there.
     private static (Tensor Loss, Tensor? LogitGradient) LossAndLogitGradient(Tensor hidden, Projection head, Tensor labels, double? scale)
     {
         var logits = head.forward(hidden);
+        var loss = zeros([], ScalarType.Float64, hidden.device);
+        long block = Math.Max(1, SoftmaxBytes / (logits.size(1) * Gradients.AccumulationType(logits.dtype).ElementSize()));
+        Chunking.ForEach(logits.size(0), block, (start, count) => loss.add_(Softmax_(logits.narrow(0, start, count), labels.narrow(0, start, count), scale)));
+        return (loss, scale is null ? null : logits);
+    }
+
+    // p = softmax(z), loss = −log p[y], scale · d loss / dz = scale · (p − onehot(y)), which replaces z.
+    private static Tensor Softmax_(Tensor logits, Tensor labels, double? scale)
+    {
         var z = logits.to(Gradients.AccumulationType(logits.dtype));
-        if (!ReferenceEquals(z, logits)) logits.Dispose();
         var y = labels.unsqueeze(1);
         var wanted = z.gather(1, y);
         var max = z.amax([1], keepdim: true);
         var sum = z.sub_(max).exp_().sum(1, keepdim: true);                      // z is now exp(z − max)
-        var loss = (sum.log() + max - wanted).sum(type: ScalarType.Float64);
-        if (scale is not { } s) return (loss, null);
+        var loss = (sum.log() + max - wanted).sum(ScalarType.Float64);
+        if (scale is not { } s) return loss;
         z.mul_(sum.reciprocal_().mul_(s));                                       // s · p
         z.scatter_add_(1, y, full_like(wanted, -s));                             // s · (p − onehot)
-        return (loss, z.to(hidden.dtype));
+        if (z.dtype != logits.dtype) logits.copy_(z);
+        return loss;
     }
 
     private static Tensor SumChunks(Tensor hidden, Projection head, Tensor labels, Tensor rows, int chunkSize, GradientSink? sink)
@@ -121,7 +133,7 @@ public static class LinearCrossEntropy
         var x = hidden.reshape(-1, hidden.size(-1));
         var y = labels.reshape(-1);
         var total = zeros([], ScalarType.Float64, hidden.device);
-        Chunking.ForEach(rows.numel(), Chunking.Rows(chunkSize, rows.numel(), head.Weight.size(0), x.dtype), (start, count) =>
+        Chunking.ForEach(rows.numel(), Chunking.LogitRows(chunkSize, rows.numel(), head.Weight.size(0), x.dtype), (start, count) =>
         {
             var at = rows.narrow(0, start, count);
             var h = x.index_select(0, at);
@@ -133,7 +145,7 @@ public static class LinearCrossEntropy
     }
 
     /// <summary>Gradients for an upstream gradient that is known only in backward: the head's are held apart and scaled then.</summary>
-    private sealed class GradientSink
+    private sealed class GradientSink : IDisposable
     {
         private readonly Projection _head;
         private readonly long[] _shape;
@@ -141,6 +153,7 @@ public static class LinearCrossEntropy
         private readonly Tensor? _dHidden; // [n, d], the rows that have a label
         private readonly Tensor? _dWeight;
         private readonly Tensor? _dBias;
+        private bool _finished;
 
         public GradientSink(Tensor hidden, Projection head, Tensor rows)
         {
@@ -157,11 +170,7 @@ public static class LinearCrossEntropy
 
         public void Add(long start, Tensor h, Tensor dLogits)
         {
-            if (_dWeight is not null)
-            {
-                if (_dWeight.dtype == dLogits.dtype) _dWeight.addmm_(dLogits.t(), h);
-                else _dWeight.add_(dLogits.t().mm(h));
-            }
+            if (_dWeight is not null) Gradients.AddProduct(_dWeight, dLogits, h);
             _dBias?.add_(dLogits.sum(0, type: _dBias.dtype));
             _dHidden?.narrow(0, start, h.size(0)).copy_(_head.InputGradient(dLogits));
         }
@@ -169,25 +178,26 @@ public static class LinearCrossEntropy
         /// <summary>Scales by the upstream gradient, accumulates the head's gradients and returns that of the hidden states.</summary>
         public Tensor? Finish(Tensor upstream)
         {
+            if (_finished) throw new InvalidOperationException("The gradients of this loss were already handed out: backward runs once over it.");
+            _finished = true;
+            using var scope = NewDisposeScope();
             AccumulateScaled(_head.Weight, _dWeight, upstream);
             if (_head.Bias is not null) AccumulateScaled(_head.Bias, _dBias, upstream);
             if (_dHidden is null) return null;
-            using (_dHidden)
-            using (_rows)
-            using (NewDisposeScope())
-            {
-                var full = zeros([_shape[..^1].Aggregate(1L, (a, b) => a * b), _shape[^1]], _dHidden.dtype, _dHidden.device);
-                full.index_copy_(0, _rows, _dHidden.mul_(upstream.to(_dHidden.dtype)));
-                return full.view(_shape).MoveToOuterDisposeScope();
-            }
+            var full = zeros([_shape[..^1].Aggregate(1L, (a, b) => a * b), _shape[^1]], _dHidden.dtype, _dHidden.device);
+            full.index_copy_(0, _rows, _dHidden.mul_(upstream.to(_dHidden.dtype)));
+            Dispose(); // not when the graph dies, which may be a step later
+            return full.view(_shape).MoveToOuterDisposeScope();
+        }
+
+        public void Dispose()
+        {
+            foreach (var t in new[] { _rows, _dHidden, _dWeight, _dBias }) t?.Dispose();
         }
 
         private static void AccumulateScaled(Tensor parameter, Tensor? gradient, Tensor upstream)
         {
-            if (gradient is null) return;
-            using (gradient)
-            using (var scale = upstream.to(gradient.dtype))
-                Gradients.Accumulate(parameter, gradient.mul_(scale));
+            if (gradient is not null) Gradients.Accumulate(parameter, gradient.mul_(upstream.to(gradient.dtype)));
         }
     }
 }

@@ -66,7 +66,7 @@ public sealed class MiniSequence : nn.Module<Tensor, Tensor>
     {
         Tensor[] inputs = [input, .. parameters()];
         if (!is_grad_enabled() || !inputs.Any(i => i.requires_grad)) return ForwardAll(input, null);
-        var random = new List<RandomState>();
+        var random = new RandomStates();
         return AutogradNode.Apply(inputs, () => ForwardAll(input, random), [input], (node, gradients) =>
         {
             var result = new Tensor?[inputs.Length];
@@ -75,9 +75,8 @@ public sealed class MiniSequence : nn.Module<Tensor, Tensor>
             bool needsInputGrad = node.NeedsInputGrad[0];
             node.ReleaseSaved();
             result[0] = BackwardAll(x, dy, needsInputGrad, random);
-            random.ForEach(r => r.Dispose());
             return result;
-        });
+        }, random);
     }
 
     /// <inheritdoc/>
@@ -91,7 +90,7 @@ public sealed class MiniSequence : nn.Module<Tensor, Tensor>
 
     private long Width(Tensor x) => Math.Max(x.size(1), _module.parameters().Select(p => p.dim() == 0 ? 1 : p.size(0)).DefaultIfEmpty(1).Max());
 
-    private Tensor ForwardAll(Tensor input, List<RandomState>? random)
+    private Tensor ForwardAll(Tensor input, RandomStates? random)
     {
         using var scope = NewDisposeScope();
         var x = input.reshape(-1, input.size(-1));
@@ -109,7 +108,7 @@ public sealed class MiniSequence : nn.Module<Tensor, Tensor>
         return y!.view([.. input.shape[..^1], y.size(-1)]).MoveToOuterDisposeScope();
     }
 
-    private Tensor? BackwardAll(Tensor input, Tensor gradient, bool needsInputGrad, List<RandomState> random)
+    private Tensor? BackwardAll(Tensor input, Tensor gradient, bool needsInputGrad, RandomStates random)
     {
         using var scope = NewDisposeScope();
         var x = input.reshape(-1, input.size(-1));
@@ -122,5 +121,11 @@ public sealed class MiniSequence : nn.Module<Tensor, Tensor>
             if (part is not null) dx!.narrow(0, start, count).copy_(part);
         });
         return dx?.view(input.shape).MoveToOuterDisposeScope();
+    }
+
+    /// <summary>One for each mini-sequence of a forward pass.</summary>
+    private sealed class RandomStates : List<RandomState>, IDisposable
+    {
+        public void Dispose() => ForEach(r => r.Dispose());
     }
 }

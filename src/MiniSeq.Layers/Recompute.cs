@@ -42,10 +42,9 @@ public static class Recompute
             using var x = node.Unpack(0);
             bool needsInputGrad = node.NeedsInputGrad[0];
             node.ReleaseSaved();
-            using (random)
-                result[0] = Again(function, x, dy, needsInputGrad, random);
+            result[0] = Again(function, x, dy, needsInputGrad, random);
             return result;
-        });
+        }, random);
     }
 
     // One graph of one function: built, walked and gone before the next.

@@ -69,10 +69,13 @@ public static unsafe class TensorMemory
     }
 
     /// <summary>The largest resident memory of the process since <see cref="ResetPeakResident"/>, in bytes.</summary>
-    public static long PeakResidentBytes => OperatingSystem.IsLinux() ? StatusField("VmHWM:") : System.Diagnostics.Process.GetCurrentProcess().PeakWorkingSet64;
+    public static long PeakResidentBytes => OperatingSystem.IsLinux() ? KilobytesOf("/proc/self/status", "VmHWM:") : System.Diagnostics.Process.GetCurrentProcess().PeakWorkingSet64;
 
     /// <summary>Resident memory of the process now, in bytes.</summary>
-    public static long ResidentBytes => OperatingSystem.IsLinux() ? StatusField("VmRSS:") : Environment.WorkingSet;
+    public static long ResidentBytes => OperatingSystem.IsLinux() ? KilobytesOf("/proc/self/status", "VmRSS:") : Environment.WorkingSet;
+
+    /// <summary>Memory that the system could give to the process now without swapping, in bytes.</summary>
+    public static long AvailableBytes => File.Exists("/proc/meminfo") ? KilobytesOf("/proc/meminfo", "MemAvailable:") : GC.GetGCMemoryInfo().TotalAvailableMemoryBytes - Environment.WorkingSet;
 
     /// <summary>The resident peak starts again from now. False where the system does not allow it.</summary>
     public static bool ResetPeakResident()
@@ -143,9 +146,9 @@ public static unsafe class TensorMemory
             if (Interlocked.CompareExchange(ref s_peak, live, peak) == peak) break;
     }
 
-    private static long StatusField(string name)
+    private static long KilobytesOf(string file, string name)
     {
-        foreach (var line in File.ReadLines("/proc/self/status"))
+        foreach (var line in File.ReadLines(file))
             if (line.StartsWith(name, StringComparison.Ordinal))
                 return long.Parse(line.AsSpan(name.Length).Trim()[..^3].Trim(), System.Globalization.CultureInfo.InvariantCulture) * 1024; // "1234 kB"
         return 0;

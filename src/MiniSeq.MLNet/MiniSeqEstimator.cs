@@ -153,7 +153,7 @@ public sealed class MiniSeqEstimator : IEstimator<MiniSeqTransformer>
     {
         public void Report(TrainingProgress p)
         {
-            Say(channel, $"step {p.Step}/{p.TotalSteps}: loss {p.Loss:F4}, learning rate {p.LearningRate:G3}, {p.TokensPerSecond:F0} tokens/s, peak memory {p.PeakMemoryBytes >> 20} MiB");
+            if (p.Step > 0) Say(channel, $"step {p.Step}/{p.TotalSteps}: loss {p.Loss:F4}, learning rate {p.LearningRate:G3}, {p.TokensPerSecond:F0} tokens/s, peak memory {p.PeakMemoryBytes >> 20} MiB");
             if (p.Evaluation is { } e) Say(channel, $"step {p.Step}/{p.TotalSteps}: validation loss {e.Loss:F4}, perplexity {e.Perplexity:F3}, token accuracy {e.Accuracy:F4}");
             listener?.Report(p);
         }

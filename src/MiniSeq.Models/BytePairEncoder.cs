@@ -13,8 +13,8 @@ internal readonly record struct Merge(string Left, string Right, int Rank);
 /// </remarks>
 internal sealed class BytePairEncoder
 {
-    private const int _maxCachedChars = 64;
-    private const int _maxCachedWords = 1 << 16;
+    private const int MaxCachedChars = 64;
+    private const int MaxCachedWords = 1 << 16;
     private readonly Dictionary<string, int> _vocabulary;
     private readonly Dictionary<int, int> _runes = [];
     private readonly Dictionary<long, (int Rank, int Id)> _merges;
@@ -78,7 +78,7 @@ internal sealed class BytePairEncoder
 
     private void EncodeWord(ReadOnlySpan<char> word, List<int> ids)
     {
-        if (word.Length > _maxCachedChars)
+        if (word.Length > MaxCachedChars)
         {
             ids.AddRange(Merge(word));
             return;
@@ -87,7 +87,7 @@ internal sealed class BytePairEncoder
         if (!cache.TryGetValue(word, out var known))
         {
             known = Merge(word);
-            if (_cached < _maxCachedWords && Interlocked.Increment(ref _cached) <= _maxCachedWords)
+            if (_cached < MaxCachedWords && Interlocked.Increment(ref _cached) <= MaxCachedWords)
                 cache.TryAdd(word, known);
         }
         ids.AddRange(known);

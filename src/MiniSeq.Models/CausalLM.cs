@@ -3,11 +3,6 @@ using static TorchSharp.torch;
 
 namespace MiniSeq.Models;
 
-/// <summary>How a training step trades memory for time.</summary>
-/// <param name="ChunkSize">Rows of a mini-sequence in the layers and the LM head, or <see cref="Chunking.Auto"/>.</param>
-/// <param name="KeepAttention">Whether attention's output and log-sum-exp are kept for backward: d more numbers a token and layer, and attention runs forward once, not twice.</param>
-public sealed record ComputeOptions(int ChunkSize = Chunking.Auto, bool KeepAttention = false);
-
 /// <summary>The score of a batch under the model.</summary>
 /// <param name="LossSum">Σ −log p(target), in nats.</param>
 /// <param name="TargetCount">Targets that count.</param>
@@ -23,8 +18,8 @@ public readonly record struct TokenScore(double LossSum, long TargetCount, long 
 /// Training is driven, not recorded: <see cref="ForwardBackward"/> walks the layers itself and builds no graph across them.
 /// </summary>
 /// <remarks>
-/// Kept from forward to backward: each layer's input, L · rows · d numbers. At work in backward: one layer, of which only attention
-/// sees all rows. The MLP and the LM head hold one mini-sequence (arXiv 2407.15892).
+/// Kept from forward to backward: each layer's input, L · rows · d numbers, and more where <see cref="MemoryPlan"/> finds room. At work in
+/// backward: one layer, of which only attention sees all rows. The MLP and the LM head hold one mini-sequence (arXiv 2407.15892).
 /// </remarks>
 public sealed class CausalLM : nn.Module<Tensor, Tensor>
 {
@@ -95,34 +90,41 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         using var noGrad = no_grad();
         var targets = Targets(batch);
         if (targets.numel() == 0) return new TokenLoss(zeros([], ScalarType.Float64).MoveToOuterDisposeScope(), 0);
-        var rows = Rows(batch, options);
-        var inputs = new Tensor[_layers.Length]; // what backward starts from, layer by layer
-        var kept = new Attention.Result?[_layers.Length];
-        var x = _embedding.forward(batch.InputIds);
-        for (int l = 0; l < _layers.Length; l++)
+        var plan = new MemoryPlan(Config, batch.RowCount, targets.numel(), DType, options, Device);
+        var rows = Rows(batch, plan.ChunkRows);
+        var records = new Stack<LayerRecord>();
+        try
         {
-            cancellationToken.ThrowIfCancellationRequested();
-            inputs[l] = x;
-            x = _layers[l].Forward(x, rows, (q, k, v) => Attend(l, q, k, v));
+            var x = _embedding.forward(batch.InputIds);
+            foreach (var (layer, policy) in _layers.Zip(plan.Layers))
+            {
+                cancellationToken.ThrowIfCancellationRequested();
+                var record = new LayerRecord(x, policy);
+                records.Push(record);
+                x = layer.Forward(x, rows, (q, k, v) => Attend(layer, record, q, k, v), record);
+            }
+            var (loss, gradient) = HeadForwardBackward(x, batch.Targets, targets, scale, plan.LogitRows);
+            x.Dispose();
+            foreach (var layer in _layers.Reverse())
+            {
+                cancellationToken.ThrowIfCancellationRequested();
+                using var record = records.Pop();
+                layer.Backward_(record, gradient, rows, batch.Lengths);
+            }
+            _embedding.Backward(batch.InputIds, gradient);
+            return new TokenLoss(loss.MoveToOuterDisposeScope(), targets.numel());
         }
-        var (loss, gradient) = HeadForwardBackward(x, batch.Targets, targets, scale, options);
-        x.Dispose();
-        for (int l = _layers.Length - 1; l >= 0; l--)
+        finally
         {
-            cancellationToken.ThrowIfCancellationRequested();
-            _layers[l].Backward_(inputs[l], gradient, rows, batch.Lengths, kept[l]);
-            inputs[l].Dispose();
-            kept[l]?.Dispose();
+            foreach (var record in records) record.Dispose(); // none but after an exception
         }
-        _embedding.Backward(batch.InputIds, gradient);
-        return new TokenLoss(loss.MoveToOuterDisposeScope(), targets.numel());
 
-        Tensor Attend(int l, Tensor q, Tensor k, Tensor v)
+        Tensor Attend(DecoderLayer layer, LayerRecord record, Tensor q, Tensor k, Tensor v)
         {
-            var result = Attention.Forward(q, k, v, batch.Lengths, _layers[l].AttentionScale);
-            if (!options.KeepAttention) return result.Output;
-            kept[l] = result.DetachFromDisposeScope();
-            return result.Output.alias();
+            var result = Attention.Forward(q, k, v, batch.Lengths, layer.AttentionScale);
+            var output = result.Output.alias();
+            record.KeepAttention(result);
+            return output;
         }
     }
 
@@ -136,7 +138,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         if (targets.numel() == 0) return default;
         var x = Hidden(batch, options, cancellationToken);
         var (loss, correct) = (zeros([], ScalarType.Float64, Device), zeros([], ScalarType.Int64, Device));
-        Chunking.ForEach(targets.numel(), HeadRows(targets, options), (start, count) =>
+        Chunking.ForEach(targets.numel(), Chunking.LogitRows(options.ChunkSize, targets.numel(), Config.VocabSize, DType), (start, count) =>
         {
             var at = targets.narrow(0, start, count);
             var (chunkLoss, chunkCorrect) = LinearCrossEntropy.Score(_norm.forward(x.index_select(0, at)), _head, batch.Targets.index_select(0, at));
@@ -147,12 +149,12 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     }
 
     // norm → LM head → loss and all the way back to the last layer's output, on the rows that have a target, a mini-sequence at a time.
-    private (Tensor Loss, Tensor Gradient) HeadForwardBackward(Tensor x, Tensor labels, Tensor targets, double scale, ComputeOptions options)
+    private (Tensor Loss, Tensor Gradient) HeadForwardBackward(Tensor x, Tensor labels, Tensor targets, double scale, long logitRows)
     {
         using var scope = NewDisposeScope();
         var loss = zeros([], ScalarType.Float64, Device);
         var gradient = zeros_like(x);
-        Chunking.ForEach(targets.numel(), HeadRows(targets, options), (start, count) =>
+        Chunking.ForEach(targets.numel(), logitRows, (start, count) =>
         {
             var at = targets.narrow(0, start, count);
             var h = x.index_select(0, at);
@@ -167,7 +169,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     private Tensor Hidden(TokenBatch batch, ComputeOptions options, CancellationToken cancellationToken)
     {
         using var scope = NewDisposeScope();
-        var rows = Rows(batch, options);
+        var rows = Rows(batch, Chunking.Rows(options.ChunkSize, batch.RowCount, Config.IntermediateSize, DType));
         var x = _embedding.forward(batch.InputIds);
         foreach (var layer in _layers)
         {
@@ -192,10 +194,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
             throw new ArgumentException($"Token id {(lowest < 0 ? lowest : highest)} is outside the vocabulary 0..{Config.VocabSize - 1} of this model: is the tokenizer the model's own?");
     }
 
-    private RowContext Rows(TokenBatch batch, ComputeOptions options) =>
-        new(batch.Positions, batch.Lengths.Max(), _rotary, Chunking.Rows(options.ChunkSize, batch.RowCount, Config.IntermediateSize, DType));
-
-    private long HeadRows(Tensor targets, ComputeOptions options) => Chunking.Rows(options.ChunkSize, targets.numel(), Config.VocabSize, DType);
+    private RowContext Rows(TokenBatch batch, long chunkRows) => new(batch.Positions, batch.Lengths.Max(), _rotary, chunkRows);
 
     private void Initialize()
     {

@@ -10,6 +10,55 @@ namespace MiniSeq.Models;
 /// <param name="ChunkRows">Rows of a mini-sequence.</param>
 internal sealed record RowContext(Tensor Positions, long MaxLength, RotaryEmbedding Rotary, long ChunkRows);
 
+/// <summary>What a layer keeps from forward for backward: its input, and more where memory allows. Belongs to no dispose scope.</summary>
+internal sealed class LayerRecord(Tensor input, RecomputePolicy policy) : IDisposable
+{
+    private readonly List<Tensor> _owned = [input.DetachFromDisposeScope()];
+
+    public Tensor Input { get; } = input;
+
+    /// <summary>Output and log-sum-exp.</summary>
+    public Attention.Result? Attention { get; private set; }
+
+    /// <summary>Queries, keys and values after rotation, [rows, heads, D].</summary>
+    public (Tensor Q, Tensor K, Tensor V)? Heads { get; private set; }
+
+    /// <summary>r = x + W_o attention, [rows, d].</summary>
+    public Tensor? Residual { get; private set; }
+
+    /// <summary>Gate and up of the MLP, [rows, I].</summary>
+    public (Tensor Gate, Tensor Up)? Mlp { get; private set; }
+
+    public void KeepAttention(Attention.Result result)
+    {
+        if (policy != RecomputePolicy.Full) Attention = result.DetachFromDisposeScope();
+    }
+
+    public void KeepHeads(Tensor q, Tensor k, Tensor v)
+    {
+        if (policy == RecomputePolicy.None) Heads = (Own(q), Own(k), Own(v));
+    }
+
+    public void MakeRoom(long intermediate)
+    {
+        if (policy != RecomputePolicy.None) return;
+        Tensor Wide() => Own(empty([Input.size(0), intermediate], Input.dtype, Input.device));
+        (Residual, Mlp) = (Own(empty_like(Input)), (Wide(), Wide()));
+    }
+
+    public void Dispose()
+    {
+        foreach (var t in _owned) t.Dispose();
+        Attention?.Dispose();
+    }
+
+    private Tensor Own(Tensor t)
+    {
+        _owned.Add(t.DetachFromDisposeScope());
+        return t;
+    }
+}
+
 /// <summary>
 /// One decoder layer, y = r + MLP(norm₂(r)), r = x + W_o attention(norm₁(x)), as a forward/backward pair over rows of a packed batch.
 /// </summary>
@@ -53,8 +102,9 @@ internal sealed class DecoderLayer : nn.Module
     /// <param name="x">Left as it is, unless <paramref name="inPlace"/>.</param>
     /// <param name="rows">Positions and chunk size.</param>
     /// <param name="attend">Attention's output [rows, Hq, D] from q [rows, Hq, D] and k, v [rows, Hkv, D].</param>
+    /// <param name="record">What backward will need; null for inference.</param>
     /// <param name="inPlace">y takes the memory of x.</param>
-    public Tensor Forward(Tensor x, RowContext rows, Func<Tensor, Tensor, Tensor, Tensor> attend, bool inPlace = false)
+    public Tensor Forward(Tensor x, RowContext rows, Func<Tensor, Tensor, Tensor, Tensor> attend, LayerRecord? record = null, bool inPlace = false)
     {
         using var scope = NewDisposeScope();
         Tensor output;
@@ -62,36 +112,40 @@ internal sealed class DecoderLayer : nn.Module
         {
             var (q, k, v) = QueryKeyValue(x, rows);
             output = attend(q, k, v).MoveToOuterDisposeScope();
+            record?.KeepHeads(q, k, v);
         }
+        record?.MakeRoom(_config.IntermediateSize);
         var attention = output.flatten(1);
         var y = inPlace ? x : empty_like(x);
         Chunking.ForEach(x.size(0), rows.ChunkRows, (start, count) =>
         {
-            var r = AfterAttention(x.narrow(0, start, count), attention.narrow(0, start, count));
-            y.narrow(0, start, count).copy_(r.add_(_mlp.ForwardChunk(_norm2.forward(r))));
+            Tensor At(Tensor t) => t.narrow(0, start, count);
+            var r = AfterAttention(At(x), At(attention));
+            if (record?.Residual is { } kept) At(kept).copy_(r);
+            var mlp = _mlp.ForwardChunk(_norm2.forward(r), record?.Mlp is var (gate, up) ? (At(gate), At(up)) : null);
+            At(y).copy_(mlp.add_(r));
         });
         return inPlace ? x : y.MoveToOuterDisposeScope();
     }
 
     /// <summary>Turns the gradient of y [rows, d] into that of x, in its own memory, and accumulates the weights' gradients.</summary>
-    /// <param name="x">The layer's input, kept from forward.</param>
+    /// <param name="record">Forward's; disposed as soon as it is used up.</param>
     /// <param name="gradient">dy when called, dx when done.</param>
     /// <param name="rows">As in forward.</param>
     /// <param name="lengths">Rows of each document.</param>
-    /// <param name="kept">Attention's result where it was kept, else it is computed again.</param>
-    public void Backward_(Tensor x, Tensor gradient, RowContext rows, IReadOnlyList<long> lengths, Attention.Result? kept)
+    public void Backward_(LayerRecord record, Tensor gradient, RowContext rows, IReadOnlyList<long> lengths)
     {
         using var scope = NewDisposeScope();
         Tensor dq, dk, dv;
         using (NewDisposeScope())
         {
-            var (q, k, v) = QueryKeyValue(x, rows);
-            var attention = kept ?? Attention.Forward(q, k, v, lengths, AttentionScale);
-            var dOutput = BackwardAfterAttention(x, gradient, attention.Output, rows);
+            var (q, k, v) = record.Heads ?? QueryKeyValue(record.Input, rows);
+            var attention = record.Attention ?? Attention.Forward(q, k, v, lengths, AttentionScale);
+            var dOutput = BackwardAfterAttention(record, gradient, attention.Output, rows);
             (dq, dk, dv) = Attention.Backward(dOutput, q, k, v, attention, lengths, AttentionScale);
             foreach (var t in new[] { dq, dk, dv }) t.MoveToOuterDisposeScope();
         }
-        BackwardBeforeAttention(x, gradient, dq, dk, dv, rows);
+        BackwardBeforeAttention(record.Input, gradient, dq, dk, dv, rows);
     }
 
     /// <summary>The layer as a user of TorchSharp would write it, recorded by autograd: x [batch, S, d], positions 0..S−1.</summary>
@@ -131,18 +185,19 @@ internal sealed class DecoderLayer : nn.Module
     private Tensor AfterAttention(Tensor x, Tensor attention) => _o.forward(attention).add_(x);
 
     // dy → dr in place, and the gradient of attention's output.
-    private Tensor BackwardAfterAttention(Tensor x, Tensor gradient, Tensor output, RowContext rows)
+    private Tensor BackwardAfterAttention(LayerRecord record, Tensor gradient, Tensor output, RowContext rows)
     {
         var dOutput = empty_like(output);
         var (attention, dAttention) = (output.flatten(1), dOutput.flatten(1));
-        Chunking.ForEach(x.size(0), rows.ChunkRows, (start, count) =>
+        Chunking.ForEach(gradient.size(0), rows.ChunkRows, (start, count) =>
         {
-            var a = attention.narrow(0, start, count);
-            var r = AfterAttention(x.narrow(0, start, count), a);
-            var dr = gradient.narrow(0, start, count);
-            dr.add_(_norm2.Backward(r, _mlp.BackwardChunk(_norm2.forward(r), dr)!)); // dr = dy + the way through the MLP
+            Tensor At(Tensor t) => t.narrow(0, start, count);
+            var (a, dr) = (At(attention), At(gradient));
+            var r = record.Residual is { } kept ? At(kept) : AfterAttention(At(record.Input), a);
+            var mlp = _mlp.BackwardChunk(_norm2.forward(r), dr, record.Mlp is var (gate, up) ? (At(gate), At(up)) : null)!;
+            dr.add_(_norm2.Backward(r, mlp)); // dr = dy + the way through the MLP
             _o.AccumulateGradients(a, dr);
-            dAttention.narrow(0, start, count).copy_(_o.InputGradient(dr));
+            At(dAttention).copy_(_o.InputGradient(dr));
         });
         return dOutput;
     }

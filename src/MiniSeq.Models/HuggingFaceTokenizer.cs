@@ -13,13 +13,13 @@ namespace MiniSeq.Models;
 /// </remarks>
 public sealed class HuggingFaceTokenizer
 {
-    private const string _jsonName = "tokenizer.json";
-    private const string _modelName = "tokenizer.model";
-    private const string _configName = "tokenizer_config.json";
+    private const string JsonName = "tokenizer.json";
+    private const string ModelName = "tokenizer.model";
+    private const string ConfigName = "tokenizer_config.json";
 
     // What transformers writes for a tokenizer; config.json and generation_config.json belong to the model.
-    private static readonly string[] _savedNames =
-        [_jsonName, _modelName, _configName, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"];
+    private static readonly string[] s_savedNames =
+        [JsonName, ModelName, ConfigName, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"];
 
     private readonly TokenizerParts _parts;
     private readonly AddedTokens _raw;
@@ -65,13 +65,13 @@ public sealed class HuggingFaceTokenizer
     public static HuggingFaceTokenizer FromPretrained(string folder)
     {
         ArgumentException.ThrowIfNullOrEmpty(folder);
-        var config = ReadConfig(Path.Combine(folder, _configName));
-        var json = Path.Combine(folder, _jsonName);
-        var model = Path.Combine(folder, _modelName);
+        var config = ReadConfig(Path.Combine(folder, ConfigName));
+        var json = Path.Combine(folder, JsonName);
+        var model = Path.Combine(folder, ModelName);
         var parts = File.Exists(json) ? TokenizerJson.Read(json)
             : File.Exists(model) ? WithConfigured(SentencePieceModel.Read(model, config.AddBos ?? true, config.AddEos ?? false), config)
-            : throw new FileNotFoundException($"{folder}: the folder holds neither {_jsonName} nor {_modelName}.", json);
-        var tokenizer = new HuggingFaceTokenizer(parts, [.. _savedNames.Select(name => Path.Combine(folder, name)).Where(File.Exists)]);
+            : throw new FileNotFoundException($"{folder}: the folder holds neither {JsonName} nor {ModelName}.", json);
+        var tokenizer = new HuggingFaceTokenizer(parts, [.. s_savedNames.Select(name => Path.Combine(folder, name)).Where(File.Exists)]);
         tokenizer.NameSpecialTokens(config, ReadModelConfig(Path.Combine(folder, "generation_config.json")), ReadModelConfig(Path.Combine(folder, "config.json")));
         return tokenizer;
     }
@@ -140,7 +140,7 @@ public sealed class HuggingFaceTokenizer
         foreach (var file in _files)
         {
             // The name FromPretrained looks for, whatever the file given to FromFile was called.
-            var target = Path.Combine(folder, _files.Count == 1 && !_savedNames.Contains(Path.GetFileName(file)) ? _jsonName : Path.GetFileName(file));
+            var target = Path.Combine(folder, _files.Count == 1 && !s_savedNames.Contains(Path.GetFileName(file)) ? JsonName : Path.GetFileName(file));
             if (Path.GetFullPath(file) != Path.GetFullPath(target))
                 CopyWhole(file, target);
         }

@@ -8,18 +8,18 @@ namespace MiniSeq.Models;
 /// <c>InvariantGlobalization</c>; the token ids of a model must not depend on that switch.</remarks>
 internal static class Nfc
 {
-    private const int _firstDecomposed = 0xC0;
-    private const int _firstAffected = 0x300; // every character before the combining marks is in form C
-    private const int _syllables = 0xAC00, _leads = 0x1100, _vowels = 0x1161, _trails = 0x11A7;
-    private const int _syllableCount = 11172, _leadCount = 19, _vowelCount = 21, _trailCount = 28;
-    private static readonly Lazy<Tables> _tables = new(Tables.Load);
+    private const int FirstDecomposed = 0xC0;
+    private const int FirstAffected = 0x300; // every character before the combining marks is in form C
+    private const int Syllables = 0xAC00, Leads = 0x1100, Vowels = 0x1161, Trails = 0x11A7;
+    private const int SyllableCount = 11172, LeadCount = 19, VowelCount = 21, TrailCount = 28;
+    private static readonly Lazy<Tables> s_tables = new(Tables.Load);
 
     /// <summary>The text in form C; the same string where nothing could change.</summary>
     public static string Normalize(string text)
     {
-        if (text.AsSpan().IndexOfAnyInRange((char)_firstAffected, char.MaxValue) < 0)
+        if (text.AsSpan().IndexOfAnyInRange((char)FirstAffected, char.MaxValue) < 0)
             return text;
-        var tables = _tables.Value;
+        var tables = s_tables.Value;
         var runes = new List<int>(text.Length);
         foreach (var rune in text.EnumerateRunes())
             Decompose(rune.Value, tables, runes);
@@ -34,16 +34,16 @@ internal static class Nfc
 
     private static void Decompose(int rune, Tables tables, List<int> runes)
     {
-        if (rune >= _firstDecomposed && tables.Parts.TryGetValue(rune, out var parts))
+        if (rune >= FirstDecomposed && tables.Parts.TryGetValue(rune, out var parts))
             foreach (var part in parts)
                 Decompose(part, tables, runes);
-        else if ((uint)(rune - _syllables) < _syllableCount)
+        else if ((uint)(rune - Syllables) < SyllableCount)
         {
-            var (syllable, trail) = Math.DivRem(rune - _syllables, _trailCount);
-            runes.Add(_leads + syllable / _vowelCount);
-            runes.Add(_vowels + syllable % _vowelCount);
+            var (syllable, trail) = Math.DivRem(rune - Syllables, TrailCount);
+            runes.Add(Leads + syllable / VowelCount);
+            runes.Add(Vowels + syllable % VowelCount);
             if (trail > 0)
-                runes.Add(_trails + trail);
+                runes.Add(Trails + trail);
         }
         else
             runes.Add(rune);
@@ -92,16 +92,16 @@ internal static class Nfc
 
     private static int? Pair(int first, int second, Tables tables)
     {
-        if ((uint)(first - _leads) < _leadCount && (uint)(second - _vowels) < _vowelCount)
-            return _syllables + ((first - _leads) * _vowelCount + second - _vowels) * _trailCount;
-        if ((uint)(first - _syllables) < _syllableCount && (first - _syllables) % _trailCount == 0 && second - _trails is > 0 and < _trailCount)
-            return first + second - _trails;
+        if ((uint)(first - Leads) < LeadCount && (uint)(second - Vowels) < VowelCount)
+            return Syllables + ((first - Leads) * VowelCount + second - Vowels) * TrailCount;
+        if ((uint)(first - Syllables) < SyllableCount && (first - Syllables) % TrailCount == 0 && second - Trails is > 0 and < TrailCount)
+            return first + second - Trails;
         return tables.Composites.TryGetValue((first, second), out var composed) ? composed : null;
     }
 
     private sealed record Tables(Dictionary<int, int[]> Parts, Dictionary<(int, int), int> Composites, Dictionary<int, int> Classes)
     {
-        public int Class(int rune) => rune < _firstAffected ? 0 : Classes.GetValueOrDefault(rune);
+        public int Class(int rune) => rune < FirstAffected ? 0 : Classes.GetValueOrDefault(rune);
 
         public static Tables Load()
         {

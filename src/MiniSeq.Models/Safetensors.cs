@@ -14,7 +14,7 @@ namespace MiniSeq.Models;
 /// </remarks>
 public sealed class SafetensorsReader : IDisposable
 {
-    private const string _indexSuffix = ".index.json";
+    private const string IndexSuffix = ".index.json";
     private readonly Dictionary<string, (SafetensorsFile File, TensorEntry Entry)> _tensors = [];
     private readonly Dictionary<string, string> _metadata = [];
     private readonly List<SafetensorsFile> _files = [];
@@ -116,7 +116,7 @@ public sealed class SafetensorsReader : IDisposable
         if (!Directory.Exists(path))
             throw new FileNotFoundException($"{path}: no such file or folder.", path);
         var single = Path.Combine(path, SafetensorsFile.DefaultName);
-        var index = single + _indexSuffix;
+        var index = single + IndexSuffix;
         return File.Exists(single) ? single
             : File.Exists(index) ? index
             : throw new FileNotFoundException($"{path}: the folder holds neither {SafetensorsFile.DefaultName} nor {Path.GetFileName(index)}.", single);
@@ -197,8 +197,8 @@ internal sealed unsafe class SafetensorsFile : IDisposable
     public const string DefaultName = "model.safetensors";
     public const string MetadataKey = "__metadata__";
     public const long MaxHeaderBytes = 100_000_000;
-    private const int _maxDimensions = 64; // libtorch's own limit
-    private const int _lengthBytes = sizeof(ulong);
+    private const int MaxDimensions = 64; // libtorch's own limit
+    private const int LengthBytes = sizeof(ulong);
 
     private readonly MemoryMappedFile _map;
     private readonly MemoryMappedViewAccessor _view;
@@ -210,14 +210,14 @@ internal sealed unsafe class SafetensorsFile : IDisposable
         Path = path;
         using var stream = new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read | FileShare.Delete);
         var header = ReadHeader(stream);
-        _dataLength = stream.Length - _lengthBytes - header.Length;
+        _dataLength = stream.Length - LengthBytes - header.Length;
         (Entries, Metadata) = Text.ParseObject(header, path, Parse);
         CheckLayout();
         _map = MemoryMappedFile.CreateFromFile(stream, null, 0, MemoryMappedFileAccess.Read, HandleInheritability.None, leaveOpen: true);
         _view = _map.CreateViewAccessor(0, 0, MemoryMappedFileAccess.Read);
         byte* start = null;
         _view.SafeMemoryMappedViewHandle.AcquirePointer(ref start);
-        _data = start + _lengthBytes + header.Length;
+        _data = start + LengthBytes + header.Length;
     }
 
     public string Path { get; }
@@ -253,14 +253,14 @@ internal sealed unsafe class SafetensorsFile : IDisposable
 
     private byte[] ReadHeader(FileStream stream)
     {
-        if (stream.Length < _lengthBytes)
+        if (stream.Length < LengthBytes)
             throw Fault($"has {stream.Length} bytes and no room for the header's length");
-        Span<byte> length = stackalloc byte[_lengthBytes];
+        Span<byte> length = stackalloc byte[LengthBytes];
         stream.ReadExactly(length);
         var bytes = BitConverter.ToUInt64(length);
         if (bytes > MaxHeaderBytes)
             throw Fault($"the header would have {bytes} bytes; at most {MaxHeaderBytes} are allowed");
-        if ((long)bytes > stream.Length - _lengthBytes)
+        if ((long)bytes > stream.Length - LengthBytes)
             throw Fault($"the header would have {bytes} bytes, the file has {stream.Length}");
         var header = new byte[bytes];
         stream.ReadExactly(header);
@@ -319,8 +319,8 @@ internal sealed unsafe class SafetensorsFile : IDisposable
     {
         if (!value.TryGetProperty(key, out var array) || array.ValueKind != JsonValueKind.Array)
             throw Fault(name, $"has no array '{key}'");
-        if (array.GetArrayLength() > _maxDimensions)
-            throw Fault(name, $"has {array.GetArrayLength()} numbers in '{key}'; at most {_maxDimensions} are allowed");
+        if (array.GetArrayLength() > MaxDimensions)
+            throw Fault(name, $"has {array.GetArrayLength()} numbers in '{key}'; at most {MaxDimensions} are allowed");
         return [.. array.EnumerateArray().Select(item =>
             item.ValueKind == JsonValueKind.Number && item.TryGetInt64(out var number) && number >= 0
                 ? number
@@ -361,25 +361,25 @@ internal sealed unsafe class SafetensorsFile : IDisposable
 /// <summary>The dtypes of the format that are supported, with their size in bytes.</summary>
 internal static class DTypes
 {
-    private static readonly (string Name, ScalarType Type, int Size)[] _table =
+    private static readonly (string Name, ScalarType Type, int Size)[] s_table =
     [
         ("F64", ScalarType.Float64, 8), ("F32", ScalarType.Float32, 4), ("F16", ScalarType.Float16, 2), ("BF16", ScalarType.BFloat16, 2),
         ("I64", ScalarType.Int64, 8), ("I32", ScalarType.Int32, 4), ("I16", ScalarType.Int16, 2), ("I8", ScalarType.Int8, 1),
         ("U8", ScalarType.Byte, 1), ("BOOL", ScalarType.Bool, 1),
     ];
 
-    public static string All { get; } = string.Join(", ", _table.Select(row => row.Name));
+    public static string All { get; } = string.Join(", ", s_table.Select(row => row.Name));
 
     public static bool TryParse(string name, out (ScalarType Type, int Size) found)
     {
-        var row = Array.Find(_table, row => row.Name == name);
+        var row = Array.Find(s_table, row => row.Name == name);
         found = (row.Type, row.Size);
         return row.Name is not null;
     }
 
     public static bool TryFormat(ScalarType type, out (string Name, int Size) found)
     {
-        var row = Array.Find(_table, row => row.Type == type);
+        var row = Array.Find(s_table, row => row.Type == type);
         found = (row.Name, row.Size);
         return row.Name is not null;
     }
@@ -404,10 +404,10 @@ internal static unsafe partial class TensorBytes
 /// <summary>Untrusted text in, error messages out.</summary>
 internal static class Text
 {
-    private const int _maxShown = 200;
+    private const int MaxShown = 200;
 
     /// <summary>Quotes a name from a file, shortened: it may be as long as the file.</summary>
-    public static string Of(string name) => name.Length <= _maxShown ? $"'{name}'" : $"'{name.AsSpan(0, _maxShown)}...'";
+    public static string Of(string name) => name.Length <= MaxShown ? $"'{name}'" : $"'{name.AsSpan(0, MaxShown)}...'";
 
     public static string Of(long[] numbers) => $"[{string.Join(", ", numbers)}]";
 

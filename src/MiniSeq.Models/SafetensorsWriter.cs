@@ -13,9 +13,9 @@ namespace MiniSeq.Models;
 /// </remarks>
 public static partial class SafetensorsWriter
 {
-    private const int _alignment = 8;
-    private const int _maxWriteBytes = 1 << 24;
-    private static readonly Dictionary<string, string> _defaultMetadata = new() { ["format"] = "pt" };
+    private const int Alignment = 8;
+    private const int MaxWriteBytes = 1 << 24;
+    private static readonly Dictionary<string, string> s_defaultMetadata = new() { ["format"] = "pt" };
 
     /// <summary>Writes one file.</summary>
     /// <param name="path">The file to create or replace.</param>
@@ -98,7 +98,7 @@ public static partial class SafetensorsWriter
     {
         // As the reference implementation does: wide elements first, so that every tensor is aligned to its element size.
         List<Item> sorted = [.. items.OrderByDescending(item => item.Size).ThenBy(item => item.Name, StringComparer.Ordinal)];
-        var header = Header(sorted, metadata ?? _defaultMetadata);
+        var header = Header(sorted, metadata ?? s_defaultMetadata);
         stream.Write(BitConverter.GetBytes((ulong)header.Length));
         stream.Write(header);
         foreach (var item in sorted)
@@ -120,8 +120,8 @@ public static partial class SafetensorsWriter
                 WriteEntry(json, item, ref offset);
             json.WriteEndObject();
         }
-        var padding = -buffer.WrittenCount & (_alignment - 1);
-        buffer.GetSpan(_alignment)[..padding].Fill((byte)' ');
+        var padding = -buffer.WrittenCount & (Alignment - 1);
+        buffer.GetSpan(Alignment)[..padding].Fill((byte)' ');
         buffer.Advance(padding);
         if (buffer.WrittenCount > SafetensorsFile.MaxHeaderBytes)
             throw new ArgumentException($"The header would have {buffer.WrittenCount} bytes; the format allows {SafetensorsFile.MaxHeaderBytes}.");
@@ -150,8 +150,8 @@ public static partial class SafetensorsWriter
         // Aliases are disposed with the scope; the caller's tensor never is.
         var source = item.Tensor.alias().cpu().contiguous();
         var data = item.Bytes == 0 ? null : (byte*)TensorBytes.Pointer(source);
-        for (var done = 0L; done < item.Bytes; done += _maxWriteBytes)
-            stream.Write(new ReadOnlySpan<byte>(data + done, (int)Math.Min(_maxWriteBytes, item.Bytes - done)));
+        for (var done = 0L; done < item.Bytes; done += MaxWriteBytes)
+            stream.Write(new ReadOnlySpan<byte>(data + done, (int)Math.Min(MaxWriteBytes, item.Bytes - done)));
         GC.KeepAlive(source);
     }
 

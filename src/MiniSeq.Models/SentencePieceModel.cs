@@ -8,8 +8,8 @@ namespace MiniSeq.Models;
 /// score first, which as merges means: all ways to cut a piece in two pieces, ranked by the piece's score.</remarks>
 internal static class SentencePieceModel
 {
-    private const string _space = "\u2581";
-    private const int _bytePairs = 2;
+    private const string Space = "\u2581";
+    private const int BytePairs = 2;
 
     private enum PieceType
     {
@@ -67,15 +67,15 @@ internal static class SentencePieceModel
             Model = Encoder(pieces, checked((int)trainer.GetValueOrDefault(40, new Field(0)).Number)),
             Added = [.. pieces.Where(piece => piece.Type == PieceType.UserDefined).Select(piece => new AddedToken(piece.Text, ids[piece.Text], true, false, false, false))],
             Special = [.. pieces.Where(piece => piece.Type is PieceType.Control or PieceType.Unknown).Select(piece => ids[piece.Text])],
-            Normalize = text => (prefix && text.Length > 0 ? _space : "") + text.Replace(" ", _space, StringComparison.Ordinal),
+            Normalize = text => (prefix && text.Length > 0 ? Space : "") + text.Replace(" ", Space, StringComparison.Ordinal),
             Template = (addBos ? Control(trainer, 41, 1) : [], addEos ? Control(trainer, 42, 2) : []),
-            Decoder = new TokenDecoder { ByteFallback = true, Replacements = [(_space, " ")], Strip = prefix ? 1 : 0 },
+            Decoder = new TokenDecoder { ByteFallback = true, Replacements = [(Space, " ")], Strip = prefix ? 1 : 0 },
         };
     }
 
     private static void RefuseUnknownKinds(Dictionary<int, Field> trainer, Dictionary<int, Field> normalizer)
     {
-        if (trainer.GetValueOrDefault(3, new Field(1)).Number is var type && type != _bytePairs)
+        if (trainer.GetValueOrDefault(3, new Field(1)).Number is var type && type != BytePairs)
             throw new NotSupportedException($"the SentencePiece model '{type switch { 1 => "Unigram", 3 => "Word", 4 => "Char", _ => $"{type}" }}' is not supported (supported: BPE).");
         if (normalizer.TryGetValue(2, out var map) && map.Bytes.Length > 0)
             throw new NotSupportedException($"the SentencePiece normalization '{Encoding.UTF8.GetString(normalizer.GetValueOrDefault(1).Bytes.Span)}' is not supported (supported: identity).");

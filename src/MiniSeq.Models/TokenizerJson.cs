@@ -8,7 +8,7 @@ namespace MiniSeq.Models;
 internal static class TokenizerJson
 {
     // From OpenAI's GPT-2; Hugging Face's ByteLevel uses it where use_regex is true.
-    private const string _gpt2Pattern = @"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+    private const string Gpt2Pattern = @"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
     public static TokenizerParts Read(string file)
     {
@@ -156,7 +156,7 @@ internal static class TokenizerJson
 
     private static Func<string, bool, IEnumerable<string>> ByteLevel(bool prefixSpace, bool useRegex)
     {
-        var splitter = useRegex ? new Splitter(_gpt2Pattern, SplitBehavior.Isolated) : null;
+        var splitter = useRegex ? new Splitter(Gpt2Pattern, SplitBehavior.Isolated) : null;
         return (text, _) =>
         {
             if (prefixSpace && text.Length > 0 && text[0] != ' ')

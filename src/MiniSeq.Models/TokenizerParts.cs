@@ -123,15 +123,15 @@ internal enum SplitBehavior
 /// </remarks>
 internal sealed class Splitter
 {
-    private static readonly TimeSpan _limit = TimeSpan.FromSeconds(20); // a pattern comes with the model, and may be hostile
-    private static readonly char[] _standIns = StandIns();
+    private static readonly TimeSpan s_limit = TimeSpan.FromSeconds(20); // a pattern comes with the model, and may be hostile
+    private static readonly char[] s_standIns = StandIns();
     private readonly Regex _pattern;
     private readonly SplitBehavior _behavior;
     private readonly bool _invert;
 
     public Splitter(string pattern, SplitBehavior behavior, bool invert = false)
     {
-        _pattern = new Regex(pattern, RegexOptions.Compiled | RegexOptions.CultureInvariant, _limit);
+        _pattern = new Regex(pattern, RegexOptions.Compiled | RegexOptions.CultureInvariant, s_limit);
         (_behavior, _invert) = (behavior, invert);
     }
 
@@ -193,7 +193,7 @@ internal sealed class Splitter
         {
             offsets.Add(at);
             at += rune.Utf16SequenceLength;
-            seen.Append(rune.IsBmp ? (char)rune.Value : _standIns[(int)Rune.GetUnicodeCategory(rune)]);
+            seen.Append(rune.IsBmp ? (char)rune.Value : s_standIns[(int)Rune.GetUnicodeCategory(rune)]);
         }
         offsets.Add(at);
         return (seen.ToString(), [.. offsets]);
@@ -212,8 +212,8 @@ internal sealed class Splitter
 /// <summary>GPT-2's alphabet: a printable character for each of the 256 bytes.</summary>
 internal static class ByteAlphabet
 {
-    private static readonly char[] _chars = Chars();
-    private static readonly Dictionary<char, byte> _bytes = Enumerable.Range(0, 256).ToDictionary(value => _chars[value], value => (byte)value);
+    private static readonly char[] s_chars = Chars();
+    private static readonly Dictionary<char, byte> s_bytes = Enumerable.Range(0, 256).ToDictionary(value => s_chars[value], value => (byte)value);
 
     public static string Spell(string text)
     {
@@ -221,7 +221,7 @@ internal static class ByteAlphabet
         return string.Create(utf8.Length, utf8, (chars, bytes) =>
         {
             for (var i = 0; i < bytes.Length; i++)
-                chars[i] = _chars[bytes[i]];
+                chars[i] = s_chars[bytes[i]];
         });
     }
 
@@ -230,7 +230,7 @@ internal static class ByteAlphabet
     {
         var bytes = new byte[token.Length];
         for (var i = 0; i < token.Length; i++)
-            if (!_bytes.TryGetValue(token[i], out bytes[i]))
+            if (!s_bytes.TryGetValue(token[i], out bytes[i]))
                 return null;
         return bytes;
     }

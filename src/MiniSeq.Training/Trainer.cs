@@ -9,7 +9,7 @@ namespace MiniSeq.Training;
 /// <param name="Step">Optimizer steps done.</param>
 /// <param name="TotalSteps">Steps of the run.</param>
 /// <param name="Epoch">Passes over the documents done, as a fraction.</param>
-/// <param name="Loss">Mean loss a target token, in nats, over the steps since the last report.</param>
+/// <param name="Loss">Mean loss a target token, in nats, over the steps since the last report; 0 in the report of step 0.</param>
 /// <param name="LearningRate">Of the last step.</param>
 /// <param name="GradNorm">L2 norm of the last step's gradient before clipping.</param>
 /// <param name="TokensPerSecond">Tokens read, targets or not, since the last report; evaluation is not counted.</param>
@@ -55,7 +55,7 @@ public static class Trainer
         if (documents.Sum(d => d.TargetCount) == 0) throw new ArgumentException($"There is nothing to learn: {documents.Count} documents without a single target token.", nameof(documents));
         TensorMemory.KeepFreedMemory();
         random.manual_seed(options.Seed);
-        using var optimizer = new AdamW(model.parameters(), options);
+        using var optimizer = new FusedAdamW(model.parameters(), options);
         using var best = new BestWeights(model, options);
         int stepsPerEpoch = StepsPerEpoch(documents.Count, options);
         int totalSteps = options.MaxSteps ?? stepsPerEpoch * options.NumTrainEpochs;
@@ -64,21 +64,15 @@ public static class Trainer
         int step = 0;
         try
         {
+            if (options.EvalOnStart) EvaluateNow();
             foreach (var window in Windows(documents, options, order))
             {
                 var loss = Step(model, optimizer, window, step, options.LearningRateAt(step, totalSteps), options, cancellationToken);
                 step++;
                 report.Add(step, loss, options.LearningRateAt(step - 1, totalSteps));
                 bool last = step == totalSteps;
-                bool evaluate = validation is { Count: > 0 } && (last || step % (options.EvalSteps ?? stepsPerEpoch) == 0);
-                if (evaluate)
-                {
-                    report.Pause();
-                    var score = Evaluate(model, validation!, options.Compute, cancellationToken);
-                    report.Evaluated(score);
-                    best.Consider(score);
-                }
-                if (evaluate || last || step % options.LoggingSteps == 0) report.Send();
+                if (last || step % (options.EvalSteps ?? stepsPerEpoch) == 0) EvaluateNow();
+                if (last || step % options.LoggingSteps == 0) report.Send();
                 if (last || best.OutOfPatience) break;
             }
             bool restored = best.Restore();
@@ -87,6 +81,15 @@ public static class Trainer
         finally
         {
             optimizer.ZeroGrad();
+        }
+
+        void EvaluateNow()
+        {
+            if (validation is not { Count: > 0 }) return;
+            report.Pause();
+            var score = Evaluate(model, validation, options.Compute, cancellationToken);
+            best.Consider(score);
+            report.Evaluated(score);
         }
     }
 
@@ -123,7 +126,7 @@ public static class Trainer
     }
 
     // One optimizer step: gradients of the mean over all targets of the window, whatever micro-batch they are in.
-    private static StepResult Step(CausalLM model, AdamW optimizer, IReadOnlyList<TokenSequence> window, int step, double learningRate, TrainingOptions options, CancellationToken cancellationToken)
+    private static StepResult Step(CausalLM model, FusedAdamW optimizer, IReadOnlyList<TokenSequence> window, int step, double learningRate, TrainingOptions options, CancellationToken cancellationToken)
     {
         using var quiet = new CollectionPause();
         optimizer.ZeroGrad();
@@ -151,7 +154,6 @@ public static class Trainer
         private (double Loss, long Targets) _total;
         private (double Loss, long Targets, long Tokens) _since;
         private (int Step, double Rate, double Norm) _last;
-        private EvaluationResult? _evaluation;
 
         public double TotalLoss => _total.Loss / Math.Max(1, _total.Targets);
 
@@ -166,18 +168,24 @@ public static class Trainer
 
         public void Pause() => _clock.Stop();
 
-        public void Evaluated(EvaluationResult score) => LastEvaluation = _evaluation = score;
+        public void Evaluated(EvaluationResult score)
+        {
+            LastEvaluation = score;
+            Send(score);
+        }
 
-        public void Send()
+        /// <summary>Reports the steps since the last report, if there are any, or an evaluation.</summary>
+        public void Send(EvaluationResult? evaluation = null)
         {
             _clock.Stop();
-            long peak = TensorMemory.PeakBytes > 0 ? TensorMemory.PeakBytes : TensorMemory.PeakResidentBytes;
-            progress?.Report(new TrainingProgress(_last.Step, totalSteps, (double)_last.Step / stepsPerEpoch, _since.Loss / Math.Max(1, _since.Targets), _last.Rate, _last.Norm,
-                _since.Tokens / Math.Max(1e-9, _clock.Elapsed.TotalSeconds), peak, _evaluation));
+            if (_since.Tokens > 0 || evaluation is not null)
+                progress?.Report(new TrainingProgress(_last.Step, totalSteps, (double)_last.Step / stepsPerEpoch, _since.Loss / Math.Max(1, _since.Targets), _last.Rate, _last.Norm,
+                    _since.Tokens / Math.Max(1e-9, _clock.Elapsed.TotalSeconds), PeakMemory(), evaluation));
             _since = default;
-            _evaluation = null;
             _clock.Restart();
         }
+
+        private static long PeakMemory() => TensorMemory.PeakBytes > 0 ? TensorMemory.PeakBytes : TensorMemory.PeakResidentBytes;
     }
 
     /// <summary>Early stopping, and the weights to go back to.</summary>

@@ -69,6 +69,9 @@ public sealed record TrainingOptions
     /// <summary>Steps between two evaluations on the validation documents; null evaluates after each pass, and always at the end.</summary>
     public int? EvalSteps { get; init; }
 
+    /// <summary>Whether the validation documents are evaluated before the first step, too: a report of step 0.</summary>
+    public bool EvalOnStart { get; init; }
+
     /// <summary>Training stops after this many evaluations without a better validation loss; null never stops early.</summary>
     public int? EarlyStoppingPatience { get; init; }
 

@@ -71,4 +71,19 @@ public sealed class LinearCrossEntropyTests
         Assert.Contains("do not fit", Assert.Throws<ArgumentException>(() => LinearCrossEntropy.Loss(h, head, tensor([1L, 2, 3]))).Message);
         Assert.Contains("Int64", Assert.Throws<ArgumentException>(() => LinearCrossEntropy.Loss(h, head, ones(4))).Message);
     }
+
+    [Fact]
+    public void ALossThatIsNeverWalkedLeaksNothingAndOneIsWalkedOnce()
+    {
+        using var head = new Projection(5, 13);
+        using var h = randn(4, 5, requires_grad: true);
+        using var labels = tensor([1L, 2, 3, 4]);
+        LinearCrossEntropy.Loss(h, head, labels).Dispose();
+        long tensors = Tensor.TotalCount;
+        for (int i = 0; i < 10; i++) LinearCrossEntropy.Loss(h, head, labels).Dispose();
+        Assert.Equal((tensors, 0), (Tensor.TotalCount, AutogradNode.AliveCount));
+        using var loss = LinearCrossEntropy.Loss(h, head, labels);
+        loss.LossSum.backward(retain_graph: true);
+        Assert.Contains("runs once", Assert.Throws<InvalidOperationException>(() => AutogradNode.Backward(loss.LossSum)).Message);
+    }
 }

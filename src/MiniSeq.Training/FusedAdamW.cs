@@ -9,7 +9,7 @@ namespace MiniSeq.Training;
 /// the speed of TorchSharp's own on the CPU, which also holds two temporaries a parameter until the step ends.
 /// </summary>
 /// <remarks>State is float32 (or wider, as the parameters). A 16-bit parameter gets a float32 master copy, from which it is rounded after each step.</remarks>
-public sealed class AdamW : IDisposable
+public sealed class FusedAdamW : IDisposable
 {
     private static readonly Lazy<jit.CompilationUnit> s_fused = new(() => jit.compile(
         """
@@ -25,7 +25,7 @@ public sealed class AdamW : IDisposable
     private readonly TrainingOptions _options;
 
     /// <summary>An optimizer of the parameters that require a gradient.</summary>
-    public AdamW(IEnumerable<Parameter> parameters, TrainingOptions options)
+    public FusedAdamW(IEnumerable<Parameter> parameters, TrainingOptions options)
     {
         _slots = [.. parameters.Where(p => p.requires_grad).Select(p => new Slot(p))];
         _options = options;
