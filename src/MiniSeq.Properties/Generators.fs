@@ -19,67 +19,77 @@ type Labels =
 
 /// The input of a row-wise layer, [batch, length, hidden], and how it is cut.
 type Rows =
-    { Batch: int
-      Length: int
-      Hidden: int
-      /// Rows of a mini-sequence; 0 is automatic.
-      Chunk: int
-      Precision: Precision
-      InputFrozen: bool
-      /// Seen through a transposed view, so not contiguous.
-      Transposed: bool
-      Seed: int }
+    {
+        Batch: int
+        Length: int
+        Hidden: int
+        /// Rows of a mini-sequence; 0 is automatic.
+        Chunk: int
+        Precision: Precision
+        InputFrozen: bool
+        /// Seen through a transposed view, so not contiguous.
+        Transposed: bool
+        Seed: int
+    }
 
 /// The chunk of a second form.
 type Chunk = Chunk of int
 
 type MlpCase =
-    { Rows: Rows
-      Intermediate: int
-      Gelu: bool
-      Bias: bool
-      /// Parameters whose name contains one of these.
-      Frozen: string list }
+    {
+        Rows: Rows
+        Intermediate: int
+        Gelu: bool
+        Bias: bool
+        /// Parameters whose name contains one of these.
+        Frozen: string list
+    }
 
 type HeadCase =
-    { Rows: Rows
-      Vocabulary: int
-      Labels: Labels
-      Bias: bool
-      Frozen: string list
-      /// The gradient that arrives at the loss.
-      Upstream: float }
+    {
+        Rows: Rows
+        Vocabulary: int
+        Labels: Labels
+        Bias: bool
+        Frozen: string list
+        /// The gradient that arrives at the loss.
+        Upstream: float
+    }
 
 type AttentionCase =
-    { KvHeads: int
-      /// Query heads of a key/value head.
-      Groups: int
-      HeadDim: int
-      Lengths: int list
-      Scale: float
-      Precision: Precision
-      Seed: int }
+    {
+        KvHeads: int
+        /// Query heads of a key/value head.
+        Groups: int
+        HeadDim: int
+        Lengths: int list
+        Scale: float
+        Precision: Precision
+        Seed: int
+    }
 
 type Document = { Tokens: int; Labels: Labels }
 
 type DecoderCase =
-    { Layers: int
-      KvHeads: int
-      Groups: int
-      HalfHeadDim: int
-      Hidden: int
-      Intermediate: int
-      Vocabulary: int
-      Tied: bool
-      AttentionBias: bool
-      MlpBias: bool
-      Gelu: bool
-      Documents: Document list
-      Frozen: string list
-      Chunk: int
-      KeepAttention: bool
-      Precision: Precision
-      Seed: int }
+    {
+        Layers: int
+        KvHeads: int
+        Groups: int
+        HalfHeadDim: int
+        Hidden: int
+        Intermediate: int
+        Vocabulary: int
+        Tied: bool
+        AttentionBias: bool
+        MlpBias: bool
+        Gelu: bool
+        Documents: Document list
+        Frozen: string list
+        Chunk: int
+        KeepAttention: bool
+        Precision: Precision
+        Seed: int
+    }
 
 /// A network whose blocks may be recomputed, each as a function or as a module.
 type Step =
@@ -90,32 +100,47 @@ type Step =
     | Module of Step list
 
 type NetworkCase =
-    { Steps: Step list
-      Rows: Rows
-      Frozen: string list }
+    {
+        Steps: Step list
+        Rows: Rows
+        Frozen: string list
+    }
 
 /// A head wide enough that logits of all rows would dwarf everything else.
 type MemoryCase =
-    { Chunk: int
-      Chunks: int
-      Hidden: int
-      Vocabulary: int
-      Precision: Precision }
+    {
+        Chunk: int
+        Chunks: int
+        Hidden: int
+        Vocabulary: int
+        Precision: Precision
+    }
 
 let private flag = Gen.elements [ false; true ]
 let private seed = Gen.choose (0, 9999)
 let private precision = Gen.elements [ Float64; Float32; BFloat16 ]
-let private sublist names = Gen.oneof [ Gen.constant []; Gen.subListOf names |> Gen.map List.ofSeq ]
+
+let private sublist names =
+    Gen.oneof [ Gen.constant []; Gen.subListOf names |> Gen.map List.ofSeq ]
 
 let private labels =
     Gen.frequency
-        [ 2, Gen.constant Every
-          1, Gen.constant Nothing
-          1, Gen.map Single (Gen.choose (0, 20))
-          3, Gen.map Scattered (Gen.choose (1, 9)) ]
+        [
+            2, Gen.constant Every
+            1, Gen.constant Nothing
+            1, Gen.map Single (Gen.choose (0, 20))
+            3, Gen.map Scattered (Gen.choose (1, 9))
+        ]
 
 /// 1, a few, more than there are, automatic; few of them divide the rows.
-let private chunk = Gen.frequency [ 1, Gen.constant 0; 2, Gen.constant 1; 6, Gen.choose (2, 9); 1, Gen.choose (10, 60) ]
+let private chunk =
+    Gen.frequency
+        [
+            1, Gen.constant 0
+            2, Gen.constant 1
+            6, Gen.choose (2, 9)
+            1, Gen.choose (10, 60)
+        ]
 
 let private rows =
     gen {
@@ -129,14 +154,16 @@ let private rows =
         let! seed = seed
 
         return
-            { Batch = batch
-              Length = length
-              Hidden = hidden
-              Chunk = chunk
-              Precision = precision
-              InputFrozen = frozen
-              Transposed = transposed
-              Seed = seed }
+            {
+                Batch = batch
+                Length = length
+                Hidden = hidden
+                Chunk = chunk
+                Precision = precision
+                InputFrozen = frozen
+                Transposed = transposed
+                Seed = seed
+            }
     }
 
 /// Rows and a width, or now and then so many and so wide that the automatic chunk is smaller than the rows.
@@ -152,18 +179,24 @@ let private rowsAndWidth widest =
                 { rows with
                     Length = length
                     Hidden = 2
-                    Chunk = 0 },
+                    Chunk = 0
+                },
                 4096
         }
 
     Gen.frequency [ 39, small; 1, automatic ]
 
-let private validRows (r: Rows) = r.Batch > 0 && r.Length > 0 && r.Hidden > 0 && r.Chunk >= 0 && r.Seed >= 0
-let private known names = List.forall (fun name -> List.contains name names)
+let private validRows (r: Rows) =
+    r.Batch > 0 && r.Length > 0 && r.Hidden > 0 && r.Chunk >= 0 && r.Seed >= 0
+
+let private known names =
+    List.forall (fun name -> List.contains name names)
 
 let private mlpNames =
-    [ for p in [ "gate_proj"; "up_proj"; "down_proj" ] do
-          for part in [ "weight"; "bias" ] -> $"{p}.{part}" ]
+    [
+        for p in [ "gate_proj"; "up_proj"; "down_proj" ] do
+            for part in [ "weight"; "bias" ] -> $"{p}.{part}"
+    ]
 
 let private mlp =
     gen {
@@ -173,11 +206,13 @@ let private mlp =
         let! frozen = sublist mlpNames
 
         return
-            { Rows = rows
-              Intermediate = intermediate
-              Gelu = gelu
-              Bias = bias
-              Frozen = frozen }
+            {
+                Rows = rows
+                Intermediate = intermediate
+                Gelu = gelu
+                Bias = bias
+                Frozen = frozen
+            }
     }
 
 let private headNames = [ "weight"; "bias" ]
@@ -191,12 +226,14 @@ let private head =
         let! upstream = Gen.elements [ 1.0; -0.5; 0.01; 7.0; 0.0 ]
 
         return
-            { Rows = rows
-              Vocabulary = vocabulary
-              Labels = labels
-              Bias = bias
-              Frozen = frozen
-              Upstream = upstream }
+            {
+                Rows = rows
+                Vocabulary = vocabulary
+                Labels = labels
+                Bias = bias
+                Frozen = frozen
+                Upstream = upstream
+            }
     }
 
 let private attention =
@@ -205,38 +242,46 @@ let private attention =
         let! groups = Gen.choose (1, 3)
         let! headDim = Gen.choose (1, 9)
         let! documents = Gen.choose (1, 4)
-        let! lengths = Gen.listOfLength documents (Gen.frequency [ 9, Gen.choose (1, 12); 1, Gen.choose (30, 80) ])
+
+        let! lengths =
+            Gen.listOfLength documents (Gen.frequency [ 9, Gen.choose (1, 12); 1, Gen.choose (30, 80) ])
+
         let! scale = Gen.elements [ 1.0; 0.3; 0.1 ]
         let! precision = Gen.elements [ Float64; Float32 ]
         let! seed = seed
 
         return
-            { KvHeads = kvHeads
-              Groups = groups
-              HeadDim = headDim
-              Lengths = lengths
-              Scale = scale
-              Precision = precision
-              Seed = seed }
+            {
+                KvHeads = kvHeads
+                Groups = groups
+                HeadDim = headDim
+                Lengths = lengths
+                Scale = scale
+                Precision = precision
+                Seed = seed
+            }
     }
 
 let private decoderNames =
-    [ "embed_tokens"
-      "input_layernorm"
-      "q_proj"
-      "k_proj"
-      "v_proj"
-      "o_proj"
-      "bias"
-      "post_attention_layernorm"
-      "gate_proj"
-      "up_proj"
-      "down_proj"
-      "layers.0"
-      "model.norm"
-      "lm_head" ]
+    [
+        "embed_tokens"
+        "input_layernorm"
+        "q_proj"
+        "k_proj"
+        "v_proj"
+        "o_proj"
+        "bias"
+        "post_attention_layernorm"
+        "gate_proj"
+        "up_proj"
+        "down_proj"
+        "layers.0"
+        "model.norm"
+        "lm_head"
+    ]
 
-let private document = Gen.map2 (fun n l -> { Tokens = n; Labels = l }) (Gen.choose (1, 12)) labels
+let private document =
+    Gen.map2 (fun n l -> { Tokens = n; Labels = l }) (Gen.choose (1, 12)) labels
 
 let private decoder =
     gen {
@@ -260,27 +305,38 @@ let private decoder =
         let! seed = seed
 
         return
-            { Layers = layers
-              KvHeads = kvHeads
-              Groups = groups
-              HalfHeadDim = halfHeadDim
-              Hidden = hidden
-              Intermediate = intermediate
-              Vocabulary = vocabulary
-              Tied = tied
-              AttentionBias = attentionBias
-              MlpBias = mlpBias
-              Gelu = gelu
-              Documents = documents
-              Frozen = frozen
-              Chunk = chunk
-              KeepAttention = keepAttention
-              Precision = precision
-              Seed = seed }
+            {
+                Layers = layers
+                KvHeads = kvHeads
+                Groups = groups
+                HalfHeadDim = halfHeadDim
+                Hidden = hidden
+                Intermediate = intermediate
+                Vocabulary = vocabulary
+                Tied = tied
+                AttentionBias = attentionBias
+                MlpBias = mlpBias
+                Gelu = gelu
+                Documents = documents
+                Frozen = frozen
+                Chunk = chunk
+                KeepAttention = keepAttention
+                Precision = precision
+                Seed = seed
+            }
     }
 
 let private validDecoder (c: DecoderCase) =
-    let sizes = [ c.Layers; c.KvHeads; c.Groups; c.HalfHeadDim; c.Hidden - 1; c.Intermediate; c.Vocabulary - 1 ]
+    let sizes =
+        [
+            c.Layers
+            c.KvHeads
+            c.Groups
+            c.HalfHeadDim
+            c.Hidden - 1
+            c.Intermediate
+            c.Vocabulary - 1
+        ]
 
     List.forall (fun n -> n > 0) (sizes @ [ for d in c.Documents -> d.Tokens ])
     && not c.Documents.IsEmpty
@@ -292,8 +348,13 @@ let private step =
     let leaf = Gen.elements [ Linear; Gelu; Dropout ]
 
     let rec tree depth =
-        let block = Gen.choose (0, 3) |> Gen.bind (fun n -> Gen.listOfLength n (tree (depth - 1)))
-        if depth = 0 then leaf else Gen.frequency [ 3, leaf; 1, Gen.map Function block; 1, Gen.map Module block ]
+        let block =
+            Gen.choose (0, 3) |> Gen.bind (fun n -> Gen.listOfLength n (tree (depth - 1)))
+
+        if depth = 0 then
+            leaf
+        else
+            Gen.frequency [ 3, leaf; 1, Gen.map Function block; 1, Gen.map Module block ]
 
     tree 3
 
@@ -305,9 +366,11 @@ let private network =
         let! frozen = sublist [ "weight"; "bias" ]
 
         return
-            { Steps = steps
-              Rows = rows
-              Frozen = frozen }
+            {
+                Steps = steps
+                Rows = rows
+                Frozen = frozen
+            }
     }
 
 let private memory =
@@ -315,18 +378,21 @@ let private memory =
         let! chunk = Gen.choose (8, 32)
         let! chunks = Gen.choose (12, 20)
         let! hidden = Gen.choose (1, 16)
-        let! vocabulary = Gen.choose (600, 2000)
+        let! vocabulary = Gen.choose (1000, 2000)
         let! precision = precision
 
         return
-            { Chunk = chunk
-              Chunks = chunks
-              Hidden = hidden
-              Vocabulary = vocabulary
-              Precision = precision }
+            {
+                Chunk = chunk
+                Chunks = chunks
+                Hidden = hidden
+                Vocabulary = vocabulary
+                Precision = precision
+            }
     }
 
-let private validMemory c = c.Chunk >= 8 && c.Chunks >= 12 && c.Hidden > 0 && c.Vocabulary >= 600
+let private validMemory c =
+    c.Chunk >= 8 && c.Chunks >= 12 && c.Hidden > 0 && c.Vocabulary >= 1000
 
 /// The shrinker that FsCheck derives from the record, held to the valid cases.
 let private shrinking valid (gen: Gen<'T>) =
@@ -335,10 +401,13 @@ let private shrinking valid (gen: Gen<'T>) =
 
 /// Registered by <c>[<Properties(Arbitrary = ..)>]</c>.
 type Cases =
-    static member Mlp() = mlp |> shrinking (fun c -> validRows c.Rows && c.Intermediate > 0 && known mlpNames c.Frozen)
+    static member Mlp() =
+        mlp
+        |> shrinking (fun c -> validRows c.Rows && c.Intermediate > 0 && known mlpNames c.Frozen)
 
     static member Head() =
-        head |> shrinking (fun c -> validRows c.Rows && c.Vocabulary > 0 && known headNames c.Frozen)
+        head
+        |> shrinking (fun c -> validRows c.Rows && c.Vocabulary > 0 && known headNames c.Frozen)
 
     static member Attention() =
         attention
@@ -347,7 +416,14 @@ type Cases =
             && List.forall (fun n -> n > 0) (c.KvHeads :: c.Groups :: c.HeadDim :: c.Lengths))
 
     static member Decoder() = decoder |> shrinking validDecoder
-    static member Network() = network |> shrinking (fun c -> validRows c.Rows && known [ "weight"; "bias" ] c.Frozen)
+
+    static member Network() =
+        network
+        |> shrinking (fun c -> validRows c.Rows && known [ "weight"; "bias" ] c.Frozen)
+
     static member Memory() = memory |> shrinking validMemory
-    static member Chunk() = chunk |> Gen.map Chunk |> shrinking (fun (Chunk n) -> n >= 0)
+
+    static member Chunk() =
+        chunk |> Gen.map Chunk |> shrinking (fun (Chunk n) -> n >= 0)
+
     static member Rows() = rows |> shrinking validRows

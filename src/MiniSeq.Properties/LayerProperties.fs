@@ -20,11 +20,15 @@ type Layer = TorchSharp.torch.nn.Module<Tensor, Tensor>
 let private equalsPlain (rows: Rows) frozen upstream chunked plain =
     inScope (fun () ->
         use chunked: Form = chunked rows.Chunk (dtype rows.Precision)
-        use plain: Form = plain (wide rows.Precision)
         prepare rows.Seed frozen chunked.Module
-        copy chunked.Module plain.Module
         let x = inputOf rows
-        agree rows.Precision (run chunked rows x upstream) (run plain rows (x.to_type (wide rows.Precision)) upstream))
+
+        let plain dtype =
+            use plain: Form = plain dtype
+            copy chunked.Module plain.Module
+            run plain rows (x.to_type dtype) upstream
+
+        agreeWithTruth rows.Precision (run chunked rows x upstream) plain)
 
 let private ignoresTheChunk (rows: Rows) frozen upstream chunked (other: int) =
     inScope (fun () ->
@@ -45,11 +49,16 @@ let private accumulates (rows: Rows) frozen upstream chunked =
         clear form.Module
 
         let before =
-            [ for p in form.Module.parameters () ->
-                  let there = p.requires_grad && p.dim () = 2L // some have one, some don't
-                  let type' = Gradients.AccumulationType p.dtype
-                  if there then p.grad <- torch.randn (p.shape, dtype = type')
-                  gradient p ]
+            [
+                for p in form.Module.parameters () ->
+                    let there = p.requires_grad && p.dim () = 2L // some have one, some don't
+                    let type' = Gradients.AccumulationType p.dtype
+
+                    if there then
+                        p.grad <- torch.randn (p.shape, dtype = type')
+
+                    gradient p
+            ]
 
         let add (name, gradient: Tensor option) before =
             match gradient, before with
@@ -64,7 +73,10 @@ let private accumulates (rows: Rows) frozen upstream chunked =
 
 let private chunkedMlp (c: MlpCase) (chunk: int) dtype =
     let activation = if c.Gelu then Activation.GeluTanh else Activation.Silu
-    let mlp = new GatedMlp(c.Rows.Hidden, c.Intermediate, activation, c.Bias, chunk, dtype)
+
+    let mlp =
+        new GatedMlp(c.Rows.Hidden, c.Intermediate, activation, c.Bias, chunk, dtype)
+
     { Module = mlp; Call = mlp.call }
 
 let private plainMlp (c: MlpCase) dtype =
@@ -76,8 +88,10 @@ let private plainMlp (c: MlpCase) dtype =
         else
             nn.functional.silu x
 
-    { Module = mlp
-      Call = fun x -> mlp.DownProj.call (activation (mlp.GateProj.call x) * mlp.UpProj.call x) }
+    {
+        Module = mlp
+        Call = fun x -> mlp.DownProj.call (activation (mlp.GateProj.call x) * mlp.UpProj.call x)
+    }
 
 [<Property>]
 let ``a chunked gated MLP equals the plain one`` (c: MlpCase) =
@@ -94,11 +108,12 @@ let ``a gated MLP adds to the gradients that are there`` (c: MlpCase) =
 // Any row-wise module of a user's own.
 
 let private feedForward (c: MlpCase) (dtype: torch.ScalarType) : Layer =
-    let linear (a: int, b: int) : Layer = nn.Linear (a, b, hasBias = c.Bias, dtype = dtype)
+    let linear (a: int, b: int) : Layer =
+        nn.Linear(a, b, hasBias = c.Bias, dtype = dtype)
 
-    nn.Sequential (
+    nn.Sequential(
         struct ("gate_proj", linear (c.Rows.Hidden, c.Intermediate)),
-        struct ("act", (nn.GELU (): Layer)),
+        struct ("act", (nn.GELU(): Layer)),
         struct ("down_proj", linear (c.Intermediate, c.Rows.Hidden + 1))
     )
 
@@ -125,15 +140,24 @@ let ``a wrapped feed-forward adds to the gradients that are there`` (c: MlpCase)
 /// x → W (x ⊙ mask) is linear, so ⟨dy, y⟩ = ⟨dx, x⟩ if and only if backward draws the mask of forward.
 [<Property>]
 let ``a wrapped dropout draws the same mask again`` (rows: Rows) =
-    let rows = { rows with Precision = Float64; InputFrozen = false }
+    let rows =
+        { rows with
+            Precision = Float64
+            InputFrozen = false
+        }
 
     inScope (fun () ->
-        use layer = new MiniSequence(nn.Sequential (nn.Dropout 0.5, nn.Linear (rows.Hidden, 5, hasBias = false, dtype = torch.float64)), rows.Chunk)
+        use layer =
+            new MiniSequence(
+                nn.Sequential(nn.Dropout 0.5, nn.Linear(rows.Hidden, 5, hasBias = false, dtype = torch.float64)),
+                rows.Chunk
+            )
+
         let form = { Module = layer; Call = layer.call }
         torch.random.manual_seed (int64 rows.Seed) |> ignore
         let x = inputOf rows
         let outcome = run form rows x (drawn rows)
-        let dot (a: Tensor) (b: Tensor) = Some((a * b).sum ())
+        let dot (a: Tensor) (b: Tensor) = Some((a * b).sum())
 
         match outcome with
         | (_, Some y) :: (_, Some dx) :: _ -> agree Float64 [ "⟨dx, x⟩", dot dx x ] [ "⟨dx, x⟩", dot y (drawn rows y) ]
@@ -141,28 +165,41 @@ let ``a wrapped dropout draws the same mask again`` (rows: Rows) =
 
 // LM head and loss.
 
-let private headOf (c: HeadCase) (dtype: torch.ScalarType) = new Projection(c.Rows.Hidden, c.Vocabulary, c.Bias, dtype)
+let private headOf (c: HeadCase) (dtype: torch.ScalarType) =
+    new Projection(c.Rows.Hidden, c.Vocabulary, c.Bias, dtype)
 
 let private labels (c: HeadCase) =
-    (labelsOf c.Rows.Seed (c.Rows.Batch * c.Rows.Length) c.Vocabulary c.Labels).view (c.Rows.Batch, c.Rows.Length)
+    (labelsOf c.Rows.Seed (c.Rows.Batch * c.Rows.Length) c.Vocabulary c.Labels).view(c.Rows.Batch, c.Rows.Length)
 
-let private upstream (c: HeadCase) (loss: Tensor) = torch.full_like (loss, c.Upstream.ToScalar())
+let private upstream (c: HeadCase) (loss: Tensor) =
+    torch.full_like (loss, c.Upstream.ToScalar())
 
 let private chunkedLoss c (chunk: int) dtype =
     let head = headOf c dtype
-    { Module = head; Call = fun x -> LinearCrossEntropy.Loss(x, head, labels c, chunk).LossSum }
+
+    {
+        Module = head
+        Call = fun x -> LinearCrossEntropy.Loss(x, head, labels c, chunk).LossSum
+    }
 
 let private plainLoss c dtype =
     let head = headOf c dtype
-    let logits (x: Tensor) = head.call(x).view (-1, c.Vocabulary)
-    { Module = head; Call = fun x -> nn.functional.cross_entropy (logits x, (labels c).view -1, reduction = nn.Reduction.Sum) }
+    let logits (x: Tensor) = head.call(x).view(-1, c.Vocabulary)
+
+    {
+        Module = head
+        Call = fun x -> nn.functional.cross_entropy (logits x, (labels c).view -1, reduction = nn.Reduction.Sum)
+    }
 
 /// One batch element at a time, and the sum of their losses.
 let private lossInParts c (chunk: int) dtype =
     let head = headOf c dtype
 
     let loss (x: Tensor) =
-        [ for i in 0L .. int64 c.Rows.Batch - 1L -> LinearCrossEntropy.Loss(x.select (0, i), head, (labels c).select (0, i), chunk).LossSum ]
+        [
+            for i in 0L .. int64 c.Rows.Batch - 1L ->
+                LinearCrossEntropy.Loss(x.select (0, i), head, (labels c).select(0, i), chunk).LossSum
+        ]
         |> List.reduce (fun a b -> a + b)
 
     { Module = head; Call = loss }
@@ -188,15 +225,24 @@ let ``a loss counts its labels, and without any is zero with zero gradients`` (c
     inScope (fun () ->
         use head = headOf c (dtype c.Rows.Precision)
         prepare c.Rows.Seed [] head
-        let x = (inputOf { c.Rows with Transposed = false }).requires_grad_ ()
-        let none = LinearCrossEntropy.Loss(x, head, torch.full_like (labels c, (-100L).ToScalar()), c.Rows.Chunk)
+        let x = (inputOf { c.Rows with Transposed = false }).requires_grad_()
+
+        let none =
+            LinearCrossEntropy.Loss(x, head, torch.full_like (labels c, (-100L).ToScalar()), c.Rows.Chunk)
+
         none.LossSum.backward ()
         let zero (t: Tensor) = Some(torch.zeros_like t)
-        let outcome = ("loss", Some(none.LossSum.detach ())) :: ("input gradient", gradient x) :: gradientsOf head
-        let counted = LinearCrossEntropy.Loss(x, head, labels c, c.Rows.Chunk).TokenCount
-        let wanted = (labels c).ne((-100L).ToScalar()).sum().item<int64> ()
 
-        ((none.TokenCount = 0L && none.Mean = 0.0 && counted = wanted) |> Prop.label $"{counted} of {wanted} labels counted")
+        let outcome =
+            ("loss", Some(none.LossSum.detach ()))
+            :: ("input gradient", gradient x)
+            :: gradientsOf head
+
+        let counted = LinearCrossEntropy.Loss(x, head, labels c, c.Rows.Chunk).TokenCount
+        let wanted = (labels c).ne((-100L).ToScalar()).sum().item<int64>()
+
+        ((none.TokenCount = 0L && none.Mean = 0.0 && counted = wanted)
+         |> Prop.label $"{counted} of {wanted} labels counted")
         .&. (List.forall (snd >> Option.isSome) outcome |> Prop.label "a gradient is missing")
         .&. agreeWithin 0.0 outcome [ for name, t in outcome -> name, Option.bind zero t ])
 
@@ -210,22 +256,29 @@ let private memoryIsBounded (c: MemoryCase) =
         inScope (fun () ->
             use head = new Projection(hidden, vocabulary, dtype = type')
             let x = torch.randn (rows, hidden, dtype = type', requires_grad = true)
-            let labels = torch.randint (0L, int64 vocabulary, [| int64 rows |], dtype = torch.ScalarType.Int64)
+
+            let labels =
+                torch.randint (0L, int64 vocabulary, [| int64 rows |], dtype = torch.ScalarType.Int64)
+
             let before = TensorMemory.LiveBytes
             TensorMemory.ResetPeak()
-            inScope (fun () -> (loss x head labels: Tensor).backward ())
+            inScope (fun () -> (loss x head labels: Tensor).backward())
             TensorMemory.PeakBytes - before)
 
-    let chunked = peak (fun x head labels -> LinearCrossEntropy.Loss(x, head, labels, c.Chunk).LossSum)
-    let plain = peak (fun x head labels -> nn.functional.cross_entropy (head.call x, labels, reduction = nn.Reduction.Sum))
-    // Logits and their gradient in the layer's type beside the float32 ones; the head's gradient, its sum and a product; rows.
+    let chunked =
+        peak (fun x head labels -> LinearCrossEntropy.Loss(x, head, labels, c.Chunk).LossSum)
+
+    let plain =
+        peak (fun x head labels -> nn.functional.cross_entropy (head.call x, labels, reduction = nn.Reduction.Sum))
+    // Logits in the head's type and in the wide one; the head's gradient, its sum and a product; rows; oneDNN's scratch.
     let ofChunk = 2L * int64 c.Chunk * int64 vocabulary * accumulator
     let ofHead = 3L * int64 vocabulary * int64 hidden * accumulator
     let ofRows = int64 rows * (4L * int64 hidden * accumulator + 64L)
-    let bound = ofChunk + ofHead + ofRows + 65536L
+    let ofScratch = 131072L + 128L * int64 vocabulary
+    let bound = ofChunk + ofHead + ofRows + ofScratch
 
     (chunked <= bound && bound < plain)
-    |> Prop.label $"chunked {chunked}, bound {bound} = {ofChunk} + {ofHead} + {ofRows} + 64 kB, plain {plain}"
+    |> Prop.label $"chunked {chunked}, bound {bound} = {ofChunk} + {ofHead} + {ofRows} + {ofScratch}, plain {plain}"
 
 [<Fact>]
 let ``memory of a chunked loss does not grow with rows times vocabulary`` () =
@@ -236,48 +289,100 @@ let ``memory of a chunked loss does not grow with rows times vocabulary`` () =
 
 [<Property>]
 let ``a norm and its chunked backward equal the written form`` (rows: Rows) =
+    let rows =
+        { rows with
+            Transposed = false
+            InputFrozen = false
+        }
+
     inScope (fun () ->
         use norm = new RmsNorm(rows.Hidden, 1e-3, dtype rows.Precision)
-        use plain = new RmsNorm(rows.Hidden, 1e-3, wide rows.Precision)
-        prepare rows.Seed (if rows.InputFrozen then [ "weight" ] else []) norm
-        copy norm plain
-        let x = torch.randn (rows.Batch * rows.Length, rows.Hidden, dtype = dtype rows.Precision)
-        let written (x: Tensor) = x / (x.pow(2.0.ToScalar()).mean ([| -1L |], keepdim = true) + (1e-3).ToScalar()).sqrt () * plain.Weight
-        let want = run { Module = plain; Call = written } { rows with InputFrozen = false; Transposed = false } (x.to_type (wide rows.Precision)) (drawn rows)
+        prepare rows.Seed [] norm
+        let x = (inputOf rows).flatten(0L, 1L)
+
+        let written dtype =
+            use plain = new RmsNorm(rows.Hidden, 1e-3, dtype)
+            copy norm plain
+
+            let rms (x: Tensor) =
+                (x.pow(2.0.ToScalar()).mean([| -1L |], keepdim = true) + (1e-3).ToScalar()).sqrt()
+
+            let form =
+                {
+                    Module = plain
+                    Call = fun x -> x / rms x * plain.Weight
+                }
+
+            run form rows (x.to_type dtype) (drawn rows)
+
         use _ = torch.no_grad ()
         let y = norm.call x
         let dy, dx = drawn rows y, torch.zeros_like x
 
-        Chunking.ForEach(x.size 0, Chunking.Rows(rows.Chunk, x.size 0, rows.Hidden, x.dtype), fun start count ->
-            dx.narrow(0, start, count).copy_ (norm.Backward(x.narrow (0, start, count), dy.narrow (0, start, count))) |> ignore)
+        Chunking.ForEach(
+            x.size 0,
+            Chunking.Rows(rows.Chunk, x.size 0, rows.Hidden, x.dtype),
+            fun start count ->
+                dx
+                    .narrow(0, start, count)
+                    .copy_(norm.Backward(x.narrow (0, start, count), dy.narrow (0, start, count)))
+                |> ignore
+        )
 
-        agree rows.Precision ([ "output", Some y; "input gradient", Some dx ] @ gradientsOf norm) want)
+        let truth dtype =
+            use _ = torch.enable_grad ()
+            written dtype
+
+        agreeWithTruth rows.Precision ([ "output", Some y; "input gradient", Some dx ] @ gradientsOf norm) truth)
 
 /// softmax(scale · Q Kᵀ + mask) V, in which a row sees the rows before it in its own document.
 let private writtenAttention (c: AttentionCase) (q: Tensor) (k: Tensor) (v: Tensor) =
-    let heads (t: Tensor) : Tensor = t.repeat_interleave(int64 c.Groups, dim = 1L).transpose (0, 1)
-    let document = torch.tensor [| for i, n in List.indexed c.Lengths do yield! Array.replicate n (int64 i) |]
-    let unseen = document.unsqueeze(1).ne (document.unsqueeze 0)
-    let future = torch.ones([| document.size 0; document.size 0 |], dtype = torch.bool).triu 1
-    let scores = q.transpose(0, 1).matmul((heads k).transpose (1, 2)).mul (c.Scale.ToScalar())
-    scores.masked_fill(unseen.logical_or future, (-infinity).ToScalar()).softmax(-1).matmul(heads v).transpose (0, 1)
+    let heads (t: Tensor) : Tensor =
+        t.repeat_interleave(int64 c.Groups, dim = 1L).transpose(0, 1)
+
+    let document =
+        torch.tensor
+            [|
+                for i, n in List.indexed c.Lengths do
+                    yield! Array.replicate n (int64 i)
+            |]
+
+    let unseen = document.unsqueeze(1).ne(document.unsqueeze 0)
+
+    let future =
+        torch.ones([| document.size 0; document.size 0 |], dtype = torch.bool).triu 1
+
+    let scores =
+        q.transpose(0, 1).matmul((heads k).transpose(1, 2)).mul(c.Scale.ToScalar())
+
+    scores.masked_fill(unseen.logical_or future, (-infinity).ToScalar()).softmax(-1).matmul(heads v).transpose(0, 1)
 
 [<Property>]
 let ``attention of packed documents equals the written form`` (c: AttentionCase) =
     inScope (fun () ->
         torch.random.manual_seed (int64 c.Seed) |> ignore
         let rows = List.sum c.Lengths
-        let draw (heads: int) = torch.randn (rows, heads, c.HeadDim, dtype = dtype c.Precision)
+
+        let draw (heads: int) =
+            torch.randn (rows, heads, c.HeadDim, dtype = dtype c.Precision)
+
         let heads = c.KvHeads * c.Groups
         let q, k, v, dy = draw heads, draw c.KvHeads, draw c.KvHeads, draw heads
         let lengths = [| for n in c.Lengths -> int64 n |]
-        let leaves = [ for t in [ q; k; v ] -> t.detach().requires_grad_ () ]
+        let leaves = [ for t in [ q; k; v ] -> t.detach().requires_grad_() ]
         let y = writtenAttention c leaves[0] leaves[1] leaves[2]
         torch.autograd.backward ([| y |], [| dy |])
-        let outcome (y: Tensor) gradients = List.zip [ "output"; "dq"; "dk"; "dv" ] (Some(y.detach ()) :: gradients)
+
+        let outcome (y: Tensor) gradients =
+            List.zip [ "output"; "dq"; "dk"; "dv" ] (Some(y.detach ()) :: gradients)
+
         let forward = Attention.Forward(q, k, v, lengths, c.Scale)
         let struct (dq, dk, dv) = Attention.Backward(dy, q, k, v, forward, lengths, c.Scale)
-        agree c.Precision (outcome forward.Output [ Some dq; Some dk; Some dv ]) (outcome y [ for t in leaves -> gradient t ]))
+
+        agree
+            c.Precision
+            (outcome forward.Output [ Some dq; Some dk; Some dv ])
+            (outcome y [ for t in leaves -> gradient t ]))
 
 // Recomputation.
 
@@ -291,19 +396,28 @@ type private Network(steps: Step list, hidden: int, recompute: bool) as this =
             layer
 
         match step with
-        | Linear -> (add (nn.Linear (hidden, hidden, dtype = torch.float64))).call
+        | Linear -> (add (nn.Linear(hidden, hidden, dtype = torch.float64))).call
         | Gelu -> nn.functional.gelu
         | Dropout -> (add (nn.Dropout 0.3)).call
         | Function steps ->
             let block = add (new Network(steps, hidden, recompute))
-            if recompute then (fun x -> Recompute.Run(block.call, x)) else block.call
+
+            if recompute then
+                (fun x -> Recompute.Run(block.call, x))
+            else
+                block.call
         | Module steps ->
             let block = add (new Network(steps, hidden, recompute))
-            if recompute then (fun x -> Recompute.Run(block, x)) else block.call
+
+            if recompute then
+                (fun x -> Recompute.Run(block, x))
+            else
+                block.call
 
     let layers = List.mapi build steps
 
-    override _.forward x = List.fold (fun x layer -> layer x) x layers
+    override _.forward x =
+        List.fold (fun x layer -> layer x) x layers
 
 [<Property>]
 let ``recomputation changes nothing, at any depth and with dropout`` (c: NetworkCase) =
@@ -312,7 +426,11 @@ let ``recomputation changes nothing, at any depth and with dropout`` (c: Network
     inScope (fun () ->
         let network recompute =
             let network = new Network(c.Steps, rows.Hidden, recompute)
-            { Module = network; Call = network.call }
+
+            {
+                Module = network
+                Call = network.call
+            }
 
         use off = network false
         use on = network true
