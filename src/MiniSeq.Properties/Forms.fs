@@ -114,8 +114,9 @@ let agreeWithTruth precision got plain =
     else
         agreeTogether (tolerance precision + 3.0 * together (plain (dtype precision)) truth) got truth
 
-/// A property in a dispose scope of its own.
+/// A case in a dispose scope of its own, on one thread: the cases are tiny, and on a busy machine threads would wait for each other.
 let inScope (body: unit -> 'T) =
+    torch.set_num_threads 1
     use _ = torch.NewDisposeScope()
     body ()
 
