@@ -1,0 +1,429 @@
+/// Random cases as records of plain numbers: they print as what to type in, and shrink field by field.
+module MiniSeq.Properties.Generators
+
+open FsCheck
+open FsCheck.FSharp
+
+type Precision =
+    | Float64
+    | Float32
+    | BFloat16
+
+/// Which of n labels count; the others are ignored.
+type Labels =
+    | Every
+    | Nothing
+    | Single of at: int
+    /// About so many in ten.
+    | Scattered of tenths: int
+
+/// The input of a row-wise layer, [batch, length, hidden], and how it is cut.
+type Rows =
+    {
+        Batch: int
+        Length: int
+        Hidden: int
+        /// Rows of a mini-sequence; 0 is automatic.
+        Chunk: int
+        Precision: Precision
+        InputFrozen: bool
+        /// Seen through a transposed view, so not contiguous.
+        Transposed: bool
+        Seed: int
+    }
+
+/// The chunk of a second form.
+type Chunk = Chunk of int
+
+type MlpCase =
+    {
+        Rows: Rows
+        Intermediate: int
+        Gelu: bool
+        Bias: bool
+        /// Parameters whose name contains one of these.
+        Frozen: string list
+    }
+
+type HeadCase =
+    {
+        Rows: Rows
+        Vocabulary: int
+        Labels: Labels
+        Bias: bool
+        Frozen: string list
+        /// The gradient that arrives at the loss.
+        Upstream: float
+    }
+
+type AttentionCase =
+    {
+        KvHeads: int
+        /// Query heads of a key/value head.
+        Groups: int
+        HeadDim: int
+        Lengths: int list
+        Scale: float
+        Precision: Precision
+        Seed: int
+    }
+
+type Document = { Tokens: int; Labels: Labels }
+
+type DecoderCase =
+    {
+        Layers: int
+        KvHeads: int
+        Groups: int
+        HalfHeadDim: int
+        Hidden: int
+        Intermediate: int
+        Vocabulary: int
+        Tied: bool
+        AttentionBias: bool
+        MlpBias: bool
+        Gelu: bool
+        Documents: Document list
+        Frozen: string list
+        Chunk: int
+        KeepAttention: bool
+        Precision: Precision
+        Seed: int
+    }
+
+/// A network whose blocks may be recomputed, each as a function or as a module.
+type Step =
+    | Linear
+    | Gelu
+    | Dropout
+    | Function of Step list
+    | Module of Step list
+
+type NetworkCase =
+    {
+        Steps: Step list
+        Rows: Rows
+        Frozen: string list
+    }
+
+/// A head wide enough that logits of all rows would dwarf everything else.
+type MemoryCase =
+    {
+        Chunk: int
+        Chunks: int
+        Hidden: int
+        Vocabulary: int
+        Precision: Precision
+    }
+
+let private flag = Gen.elements [ false; true ]
+let private seed = Gen.choose (0, 9999)
+let private precision = Gen.elements [ Float64; Float32; BFloat16 ]
+
+let private sublist names =
+    Gen.oneof [ Gen.constant []; Gen.subListOf names |> Gen.map List.ofSeq ]
+
+let private labels =
+    Gen.frequency
+        [
+            2, Gen.constant Every
+            1, Gen.constant Nothing
+            1, Gen.map Single (Gen.choose (0, 20))
+            3, Gen.map Scattered (Gen.choose (1, 9))
+        ]
+
+/// 1, a few, more than there are, automatic; few of them divide the rows.
+let private chunk =
+    Gen.frequency
+        [
+            1, Gen.constant 0
+            2, Gen.constant 1
+            6, Gen.choose (2, 9)
+            1, Gen.choose (10, 60)
+        ]
+
+let private rows =
+    gen {
+        let! batch = Gen.choose (1, 3)
+        let! length = Gen.choose (1, 13)
+        let! hidden = Gen.choose (1, 7)
+        let! chunk = chunk
+        let! precision = precision
+        let! frozen = Gen.frequency [ 4, Gen.constant false; 1, Gen.constant true ]
+        let! transposed = flag
+        let! seed = seed
+
+        return
+            {
+                Batch = batch
+                Length = length
+                Hidden = hidden
+                Chunk = chunk
+                Precision = precision
+                InputFrozen = frozen
+                Transposed = transposed
+                Seed = seed
+            }
+    }
+
+/// Rows and a width, or now and then so many and so wide that the automatic chunk is smaller than the rows.
+let private rowsAndWidth widest =
+    let small = Gen.zip rows (Gen.choose (1, widest))
+
+    let automatic =
+        gen {
+            let! rows = rows
+            let! length = Gen.choose (257, 300)
+
+            return
+                { rows with
+                    Length = length
+                    Hidden = 2
+                    Chunk = 0
+                },
+                4096
+        }
+
+    Gen.frequency [ 39, small; 1, automatic ]
+
+let private validRows (r: Rows) =
+    r.Batch > 0 && r.Length > 0 && r.Hidden > 0 && r.Chunk >= 0 && r.Seed >= 0
+
+let private known names =
+    List.forall (fun name -> List.contains name names)
+
+let private mlpNames =
+    [
+        for p in [ "gate_proj"; "up_proj"; "down_proj" ] do
+            for part in [ "weight"; "bias" ] -> $"{p}.{part}"
+    ]
+
+let private mlp =
+    gen {
+        let! rows, intermediate = rowsAndWidth 11
+        let! gelu = flag
+        let! bias = flag
+        let! frozen = sublist mlpNames
+
+        return
+            {
+                Rows = rows
+                Intermediate = intermediate
+                Gelu = gelu
+                Bias = bias
+                Frozen = frozen
+            }
+    }
+
+let private headNames = [ "weight"; "bias" ]
+
+let private head =
+    gen {
+        let! rows, vocabulary = rowsAndWidth 17
+        let! labels = labels
+        let! bias = flag
+        let! frozen = sublist headNames
+        let! upstream = Gen.elements [ 1.0; -0.5; 0.01; 7.0; 0.0 ]
+
+        return
+            {
+                Rows = rows
+                Vocabulary = vocabulary
+                Labels = labels
+                Bias = bias
+                Frozen = frozen
+                Upstream = upstream
+            }
+    }
+
+let private attention =
+    gen {
+        let! kvHeads = Gen.choose (1, 3)
+        let! groups = Gen.choose (1, 3)
+        let! headDim = Gen.choose (1, 9)
+        let! documents = Gen.choose (1, 4)
+
+        let! lengths =
+            Gen.listOfLength documents (Gen.frequency [ 9, Gen.choose (1, 12); 1, Gen.choose (30, 80) ])
+
+        let! scale = Gen.elements [ 1.0; 0.3; 0.1 ]
+        let! precision = Gen.elements [ Float64; Float32 ]
+        let! seed = seed
+
+        return
+            {
+                KvHeads = kvHeads
+                Groups = groups
+                HeadDim = headDim
+                Lengths = lengths
+                Scale = scale
+                Precision = precision
+                Seed = seed
+            }
+    }
+
+let private decoderNames =
+    [
+        "embed_tokens"
+        "input_layernorm"
+        "q_proj"
+        "k_proj"
+        "v_proj"
+        "o_proj"
+        "bias"
+        "post_attention_layernorm"
+        "gate_proj"
+        "up_proj"
+        "down_proj"
+        "layers.0"
+        "model.norm"
+        "lm_head"
+    ]
+
+let private document =
+    Gen.map2 (fun n l -> { Tokens = n; Labels = l }) (Gen.choose (1, 12)) labels
+
+let private decoder =
+    gen {
+        let! layers = Gen.choose (1, 3)
+        let! kvHeads = Gen.choose (1, 2)
+        let! groups = Gen.choose (1, 3)
+        let! halfHeadDim = Gen.choose (1, 3)
+        let! hidden = Gen.choose (2, 9)
+        let! intermediate = Gen.choose (1, 13)
+        let! vocabulary = Gen.choose (2, 23)
+        let! tied = flag
+        let! attentionBias = flag
+        let! mlpBias = flag
+        let! gelu = flag
+        let! documents = Gen.choose (1, 4)
+        let! documents = Gen.listOfLength documents document
+        let! frozen = sublist decoderNames
+        let! chunk = chunk
+        let! keepAttention = flag
+        let! precision = precision
+        let! seed = seed
+
+        return
+            {
+                Layers = layers
+                KvHeads = kvHeads
+                Groups = groups
+                HalfHeadDim = halfHeadDim
+                Hidden = hidden
+                Intermediate = intermediate
+                Vocabulary = vocabulary
+                Tied = tied
+                AttentionBias = attentionBias
+                MlpBias = mlpBias
+                Gelu = gelu
+                Documents = documents
+                Frozen = frozen
+                Chunk = chunk
+                KeepAttention = keepAttention
+                Precision = precision
+                Seed = seed
+            }
+    }
+
+let private validDecoder (c: DecoderCase) =
+    let sizes =
+        [
+            c.Layers
+            c.KvHeads
+            c.Groups
+            c.HalfHeadDim
+            c.Hidden - 1
+            c.Intermediate
+            c.Vocabulary - 1
+        ]
+
+    List.forall (fun n -> n > 0) (sizes @ [ for d in c.Documents -> d.Tokens ])
+    && not c.Documents.IsEmpty
+    && c.Chunk >= 0
+    && c.Seed >= 0
+    && known decoderNames c.Frozen
+
+let private step =
+    let leaf = Gen.elements [ Linear; Gelu; Dropout ]
+
+    let rec tree depth =
+        let block =
+            Gen.choose (0, 3) |> Gen.bind (fun n -> Gen.listOfLength n (tree (depth - 1)))
+
+        if depth = 0 then
+            leaf
+        else
+            Gen.frequency [ 3, leaf; 1, Gen.map Function block; 1, Gen.map Module block ]
+
+    tree 3
+
+let private network =
+    gen {
+        let! steps = Gen.choose (1, 5)
+        let! steps = Gen.listOfLength steps step
+        let! rows = rows
+        let! frozen = sublist [ "weight"; "bias" ]
+
+        return
+            {
+                Steps = steps
+                Rows = rows
+                Frozen = frozen
+            }
+    }
+
+let private memory =
+    gen {
+        let! chunk = Gen.choose (8, 32)
+        let! chunks = Gen.choose (12, 20)
+        let! hidden = Gen.choose (1, 16)
+        let! vocabulary = Gen.choose (1000, 2000)
+        let! precision = precision
+
+        return
+            {
+                Chunk = chunk
+                Chunks = chunks
+                Hidden = hidden
+                Vocabulary = vocabulary
+                Precision = precision
+            }
+    }
+
+let private validMemory c =
+    c.Chunk >= 8 && c.Chunks >= 12 && c.Hidden > 0 && c.Vocabulary >= 1000
+
+/// The shrinker that FsCheck derives from the record, held to the valid cases.
+let private shrinking valid (gen: Gen<'T>) =
+    let derived = ArbMap.defaults |> ArbMap.arbitrary<'T> |> Arb.toShrink
+    Arb.fromGenShrink (gen, derived >> Seq.filter valid)
+
+/// Registered by <c>[<Properties(Arbitrary = ..)>]</c>.
+type Cases =
+    static member Mlp() =
+        mlp
+        |> shrinking (fun c -> validRows c.Rows && c.Intermediate > 0 && known mlpNames c.Frozen)
+
+    static member Head() =
+        head
+        |> shrinking (fun c -> validRows c.Rows && c.Vocabulary > 0 && known headNames c.Frozen)
+
+    static member Attention() =
+        attention
+        |> shrinking (fun c ->
+            not c.Lengths.IsEmpty
+            && List.forall (fun n -> n > 0) (c.KvHeads :: c.Groups :: c.HeadDim :: c.Lengths))
+
+    static member Decoder() = decoder |> shrinking validDecoder
+
+    static member Network() =
+        network
+        |> shrinking (fun c -> validRows c.Rows && known [ "weight"; "bias" ] c.Frozen)
+
+    static member Memory() = memory |> shrinking validMemory
+
+    static member Chunk() =
+        chunk |> Gen.map Chunk |> shrinking (fun (Chunk n) -> n >= 0)
+
+    static member Rows() = rows |> shrinking validRows
