@@ -45,8 +45,13 @@ let private documentsOf (c: DecoderCase) =
 let private modelOf (c: DecoderCase) =
     new CausalLM(config c, dtype c.Precision)
 
-let private options (c: DecoderCase) =
-    ComputeOptions(c.Chunk, c.KeepAttention)
+let private options (c: DecoderCase) = ComputeOptions(c.Chunk, c.Recompute)
+
+let private otherPolicy policy =
+    if policy = RecomputePolicy.None then
+        RecomputePolicy.Full
+    else
+        RecomputePolicy.None
 
 /// Two driven steps are compared exactly: bfloat16 is held against the truth, not against itself.
 let private exact (c: DecoderCase) =
@@ -148,7 +153,7 @@ let ``a driven step does not depend on its chunk or on what is kept`` (c: Decode
         let step options =
             driven model options [ documents ] |> sums
 
-        agree c.Precision (step (options c)) (step (ComputeOptions(other, not c.KeepAttention))))
+        agree c.Precision (step (options c)) (step (ComputeOptions(other, otherPolicy c.Recompute))))
 
 [<Property>]
 let ``micro-batches add up to one batch`` (c: DecoderCase) (NonNegativeInt cut) =

@@ -3,6 +3,7 @@ module MiniSeq.Properties.Generators
 
 open FsCheck
 open FsCheck.FSharp
+open MiniSeq.Models
 
 type Precision =
     | Float64
@@ -86,7 +87,7 @@ type DecoderCase =
         Documents: Document list
         Frozen: string list
         Chunk: int
-        KeepAttention: bool
+        Recompute: RecomputePolicy
         Precision: Precision
         Seed: int
     }
@@ -300,7 +301,16 @@ let private decoder =
         let! documents = Gen.listOfLength documents document
         let! frozen = sublist decoderNames
         let! chunk = chunk
-        let! keepAttention = flag
+
+        let! recompute =
+            Gen.elements
+                [
+                    RecomputePolicy.Full
+                    RecomputePolicy.KeepAttention
+                    RecomputePolicy.None
+                    RecomputePolicy.Auto
+                ]
+
         let! precision = precision
         let! seed = seed
 
@@ -320,7 +330,7 @@ let private decoder =
                 Documents = documents
                 Frozen = frozen
                 Chunk = chunk
-                KeepAttention = keepAttention
+                Recompute = recompute
                 Precision = precision
                 Seed = seed
             }
