@@ -64,6 +64,16 @@ internal sealed class StepRunner : IDisposable
         return Peak(seq) - _shortest;
     }
 
+    /// <summary>The length at which the memory plan predicts that the budget is used up.</summary>
+    public int PlannedLongest(long budgetBytes)
+    {
+        long Planned(int seq) => new MemoryPlan(_shape.Config, (long)seq * _shape.Batch, (long)seq * _shape.Batch, _model.DType, _compute).PeakBytes;
+        int fits = 64;
+        for (int step = 1 << 24; step > 0; step >>= 1)
+            if (Planned(fits + step) <= budgetBytes) fits += step;
+        return fits;
+    }
+
     private long Peak(int seq)
     {
         var documents = _shape.Documents(seq);

@@ -97,14 +97,15 @@ internal static class Worker
         };
     }
 
-    // The peak is close to a line in the length: two short runs give a guess, a few more close in on the edge of the budget.
+    // The peak is close to a line in the length: two short runs give a guess (mini-sequence's own plan a better one), a few more close in
+    // on the edge of the budget.
     private static Outcome Longest(Order order)
     {
         const int First = 64;
         using var runner = new StepRunner(order.Shape, order.Variant, Shape.ParseDType(order.DType), optimizer: false, order.Compute);
         var (fits, over) = ((Seq: 0, Peak: 0L), (Seq: int.MaxValue, Peak: 0L));
         var previous = (Seq: First, Peak: runner.GrowingTensorBytes(First));
-        int next = 4 * First;
+        int next = order.Variant == Variant.MiniSequence ? runner.PlannedLongest(order.BudgetBytes) : 4 * First;
         while (over.Seq - fits.Seq > Math.Max(1, fits.Seq / 50))
         {
             long peak = runner.GrowingTensorBytes(next);

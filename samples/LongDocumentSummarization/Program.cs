@@ -51,7 +51,7 @@ void Run(string? model, string dataFile, int? maxLength, int? steps, bool quick)
         ValidationSet = heldOutRows,
         Training = new TrainingOptions
         {
-            MaxSteps = steps ?? (quick ? 8 : 90),
+            MaxSteps = steps ?? (quick ? 8 : 80),
             LearningRate = model is null ? 1e-2 : 1e-4,
             LrSchedulerType = LrSchedulerType.Cosine,
             WarmupRatio = 0.1,
