@@ -33,6 +33,7 @@ internal sealed class Comparison
             ("peakBytes", o.Value.Max(v => v.PeakResidentBytes)),
             ("peakTensorBytes", o.Value.Max(v => v.PeakTensorBytes)),
             ("baseBytes", o.Value[0].BaseBytes),
+            ("longest", null),
             ("loss", o.Value[0].Loss)])), ["tokensPerSecond", "peakBytes", "peakTensorBytes"], outcomes.First().Value[0].Threads);
     }
 
@@ -45,7 +46,7 @@ internal sealed class Comparison
         {
             var outcome = Worker.Start(MakeOrder("longest", pair.Variant, pair.DType, budgetBytes));
             threads = outcome.Threads;
-            results.Add(Result(pair, [("longest", outcome.Longest), ("peakTensorBytes", outcome.PeakTensorBytes), ("baseBytes", outcome.BaseBytes)]));
+            results.Add(Result(pair, [("tokensPerSecond", null), ("peakBytes", outcome.PeakTensorBytes), ("longest", outcome.Longest), ("peakTensorBytes", outcome.PeakTensorBytes), ("baseBytes", outcome.BaseBytes)]));
         }
         var json = Json(results, ["longest"], threads);
         json["budgetBytes"] = budgetBytes;
@@ -56,7 +57,7 @@ internal sealed class Comparison
 
     private Order MakeOrder(string kind, Variant variant, string dtype, long budget) => new(kind, Shape, variant, dtype, Steps, Optimizer, budget, Compute, Threads);
 
-    private JsonObject Result((Variant Variant, string DType) pair, (string Name, JsonNode Value)[] figures)
+    private JsonObject Result((Variant Variant, string DType) pair, (string Name, JsonNode? Value)[] figures)
     {
         var json = new JsonObject { ["name"] = Shape.Name(pair.Variant), ["dtype"] = pair.DType, ["seq"] = Shape.Seq };
         foreach (var (name, value) in figures) json[name] = value;

@@ -1,3 +1,4 @@
+using System.Text.Json.Serialization;
 using MiniSeq.Models;
 using static TorchSharp.torch;
 
@@ -31,6 +32,7 @@ internal sealed record Shape
     /// <summary>Share of the positions, at the end, that have a label.</summary>
     public double LossFraction { get; init; } = 1;
 
+    [JsonIgnore]
     public DecoderConfig Config => DecoderConfig.Llama(Vocab, Hidden, Intermediate, Layers, Heads, KvHeads);
 
     /// <summary>Random tokens and labels, the same for every variant.</summary>

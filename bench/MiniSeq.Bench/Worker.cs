@@ -112,10 +112,10 @@ internal static class Worker
             Console.WriteLine($"  {Shape.Name(order.Variant)} {order.DType}: {next} tokens, {peak / 1e6:F0} MB");
             if (peak <= order.BudgetBytes) fits = (next, peak);
             else over = (next, peak);
-            if (over.Seq == 1) break;
-            double slope = Math.Max(1, (double)(peak - previous.Peak) / Math.Max(1, next - previous.Seq));
+            if (over.Seq <= 2) break; // not even two tokens fit
+            double slope = next == previous.Seq ? 1 : Math.Max(1, (double)(peak - previous.Peak) / (next - previous.Seq));
             if (Math.Abs(next - previous.Seq) > next / 10) previous = (next, peak);
-            int guess = (int)Math.Clamp(next + ((order.BudgetBytes - peak) / slope), 1, 8.0 * next);
+            int guess = (int)Math.Clamp(next + ((order.BudgetBytes - peak) / slope), Math.Max(2, next / 8.0), 8.0 * next);
             // Just beside a bound that is already known, so that the next run settles it.
             if (guess <= fits.Seq) guess = fits.Seq + Math.Max(1, fits.Seq / 50);
             if (guess >= over.Seq) guess = Math.Max(fits.Seq + 1, over.Seq - Math.Max(1, fits.Seq / 50));
