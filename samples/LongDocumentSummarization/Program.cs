@@ -1,6 +1,7 @@
 // Fine-tunes a Llama-like model to summarize long documents, in an ML.NET pipeline.
 using System.CommandLine;
 using System.Globalization;
+using System.Text.RegularExpressions;
 using LongDocumentSummarization;
 using Microsoft.ML;
 using MiniSeq.Layers;
@@ -23,12 +24,16 @@ try
 }
 catch (Exception e) when (e is IOException or InvalidDataException or ArgumentException or NotSupportedException or NotFiniteNumberException)
 {
-    Console.Error.WriteLine(e.Message);
+    Console.Error.WriteLine(Plain(e.Message));
     return 1;
 }
 
+// .NET adds the names of parameters, which a command line does not have.
+static string Plain(string message) => Regex.Replace(message.Split('\n')[0].TrimEnd(), @"( \(Parameter '\w+'\))+$", "");
+
 void Run(string? model, string dataFile, int? maxLength, int? steps, bool quick)
 {
+    if (steps <= 0) throw new ArgumentException($"--steps is {steps}; it must be positive.");
     TensorMemory.StartCounting(); // exact peaks, in the progress and below
     var (train, heldOut) = Documents.Read(dataFile);
     if (quick) (train, heldOut) = ([.. train.OrderBy(a => a.Document.Length).Take(8)], [.. heldOut.OrderBy(a => a.Document.Length).Take(2)]);
