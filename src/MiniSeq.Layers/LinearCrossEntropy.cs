@@ -40,8 +40,8 @@ public static class LinearCrossEntropy
     public static TokenLoss Loss(Tensor hidden, Projection head, Tensor labels, int chunkSize = Chunking.Auto)
     {
         using var scope = NewDisposeScope();
-        long vocabulary = head.Weight.size(0);
-        var rows = ValidRows(hidden, labels, vocabulary);
+        CheckShapes(hidden, labels);
+        var rows = ValidRows(labels, head.Weight.size(0));
         long count = rows.numel();
         Tensor[] trained = [hidden, .. head.parameters()];
         bool record = is_grad_enabled() && trained.Any(t => t.requires_grad);
@@ -75,20 +75,17 @@ public static class LinearCrossEntropy
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();
         var logits = head.forward(hidden);
-        var z = logits.to(Gradients.AccumulationType(logits.dtype));
-        var correct = z.argmax(1).eq(labels).sum();
-        var wanted = z.gather(1, labels.unsqueeze(1)).squeeze(1);
-        var loss = (z.logsumexp(1) - wanted).sum(ScalarType.Float64);
+        var correct = logits.argmax(1).eq(labels).sum();
+        var loss = SoftmaxBlocks_(logits, labels, null);
         return (loss.MoveToOuterDisposeScope(), correct.MoveToOuterDisposeScope());
     }
 
-    /// <summary>The positions of labels that are not ignored, [n] int64, after checking that shapes and labels fit.</summary>
-    public static Tensor ValidRows(Tensor hidden, Tensor labels, long vocabulary)
+    /// <summary>The positions of labels [..] that are not ignored, [n] int64.</summary>
+    /// <exception cref="ArgumentException">Labels are not int64, or one is outside 0..V−1.</exception>
+    public static Tensor ValidRows(Tensor labels, long vocabulary)
     {
         using var scope = NewDisposeScope();
         if (labels.dtype != ScalarType.Int64) throw new ArgumentException($"Labels must be Int64, and are {labels.dtype}.", nameof(labels));
-        if (hidden.dim() != labels.dim() + 1 || !hidden.shape.AsSpan(0, (int)labels.dim()).SequenceEqual(labels.shape))
-            throw new ArgumentException($"Hidden states [{string.Join(", ", hidden.shape)}] do not fit labels [{string.Join(", ", labels.shape)}]: the latter must be the former without the last dimension.", nameof(labels));
         var flat = labels.reshape(-1);
         var rows = flat.ne(IgnoreIndex).nonzero().reshape(-1);
         if (rows.numel() > 0)
@@ -101,14 +98,26 @@ public static class LinearCrossEntropy
         return rows.MoveToOuterDisposeScope();
     }
 
+    private static void CheckShapes(Tensor hidden, Tensor labels)
+    {
+        if (hidden.dim() != labels.dim() + 1 || !hidden.shape.AsSpan(0, (int)labels.dim()).SequenceEqual(labels.shape))
+            throw new ArgumentException($"Hidden states [{string.Join(", ", hidden.shape)}] do not fit labels [{string.Join(", ", labels.shape)}]: the latter must be the former without the last dimension.", nameof(labels));
+    }
+
     // The logits of a chunk become their own gradient, a few rows at a time: those stay in the cache, and are float32 or better only there.
     private static (Tensor Loss, Tensor? LogitGradient) LossAndLogitGradient(Tensor hidden, Projection head, Tensor labels, double? scale)
     {
         var logits = head.forward(hidden);
-        var loss = zeros([], ScalarType.Float64, hidden.device);
+        var loss = SoftmaxBlocks_(logits, labels, scale);
+        return (loss, scale is null ? null : logits);
+    }
+
+    private static Tensor SoftmaxBlocks_(Tensor logits, Tensor labels, double? scale)
+    {
+        var loss = zeros([], ScalarType.Float64, logits.device);
         long block = Math.Max(1, SoftmaxBytes / (logits.size(1) * Gradients.AccumulationType(logits.dtype).ElementSize()));
         Chunking.ForEach(logits.size(0), block, (start, count) => loss.add_(Softmax_(logits.narrow(0, start, count), labels.narrow(0, start, count), scale)));
-        return (loss, scale is null ? null : logits);
+        return loss;
     }
 
     // p = softmax(z), loss = −log p[y], scale · d loss / dz = scale · (p − onehot(y)), which replaces z.

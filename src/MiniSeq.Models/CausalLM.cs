@@ -71,7 +71,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     {
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();
-        using var batch = new TokenBatch([.. Enumerable.Range(0, (int)input.size(0)).Select(b => { var ids = input[b].data<long>().ToArray(); return new TokenSequence(ids, ids); })], Device);
+        using var batch = new TokenBatch([.. Enumerable.Range(0, (int)input.size(0)).Select(b => new TokenSequence(input[b].data<long>().ToArray()))], Device);
         var logits = _head.forward(_norm.forward(Hidden(batch, new ComputeOptions(), default)));
         return logits.view(input.size(0), input.size(1), -1).MoveToOuterDisposeScope();
     }
@@ -182,8 +182,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     private Tensor Targets(TokenBatch batch)
     {
         CheckIds(batch.InputIds);
-        using var shape = _norm.Weight.expand(batch.RowCount, -1);
-        return LinearCrossEntropy.ValidRows(shape, batch.Targets, Config.VocabSize);
+        return LinearCrossEntropy.ValidRows(batch.Targets, Config.VocabSize);
     }
 
     internal void CheckIds(Tensor ids)
