@@ -1,3 +1,4 @@
+using System.Text;
 using static TorchSharp.torch;
 
 namespace MiniSeq.Models;
@@ -47,9 +48,9 @@ public static class Checkpoint
     {
         Directory.CreateDirectory(folder);
         SafetensorsWriter.SavePretrained(folder, [.. model.named_parameters().Select(p => (p.name, (Tensor)p.parameter))], maxShardBytes);
-        string config = Path.Combine(folder, "config.json"), temporary = config + ".tmp";
-        File.WriteAllText(temporary, model.Config.ToJson(model.DType));
-        File.Move(temporary, config, overwrite: true);
+        using var files = new PendingFiles();
+        files.Add(Path.Combine(folder, "config.json")).Write(Encoding.UTF8.GetBytes(model.Config.ToJson(model.DType)));
+        files.Commit();
     }
 
     private static ScalarType Computable(ScalarType stored) => stored == ScalarType.Float16 ? ScalarType.Float32 : stored;

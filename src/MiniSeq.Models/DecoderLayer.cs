@@ -129,7 +129,7 @@ internal sealed class DecoderLayer : nn.Module
     }
 
     /// <summary>Turns the gradient of y [rows, d] into that of x, in its own memory, and accumulates the weights' gradients.</summary>
-    /// <param name="record">Forward's; disposed as soon as it is used up.</param>
+    /// <param name="record">Forward's; the caller disposes it.</param>
     /// <param name="gradient">dy when called, dx when done.</param>
     /// <param name="rows">As in forward.</param>
     /// <param name="lengths">Rows of each document.</param>

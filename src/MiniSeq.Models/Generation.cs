@@ -75,7 +75,7 @@ public static class Generation
     // Logits [texts, V] after the last of the new tokens of each text; the caches grow by them.
     private static Tensor Logits(CausalLM model, IReadOnlyList<int[]> tokens, IReadOnlyList<KeyValueCache> caches)
     {
-        using var batch = new TokenBatch([.. tokens.Select(t => Sequence(t))], model.Device);
+        using var batch = new TokenBatch([.. tokens.Select(t => new TokenSequence([.. t.Select(id => (long)id)]))], model.Device);
         model.CheckIds(batch.InputIds);
         using var positions = tensor((long[])[.. tokens.Zip(caches).SelectMany(p => Enumerable.Range(p.Second.Length, p.First.Length).Select(i => (long)i))], device: model.Device);
         var rows = new RowContext(positions, caches.Zip(tokens).Max(p => p.First.Length + p.Second.Length), model.Rotary,
@@ -92,12 +92,6 @@ public static class Generation
         long[] last = [.. batch.Lengths.Select(n => (end += n) - 1)];
         var z = model.Head.forward(model.Norm.forward(x.index_select(0, tensor(last, device: model.Device))));
         return z.to(Gradients.AccumulationType(z.dtype));
-    }
-
-    private static TokenSequence Sequence(int[] tokens)
-    {
-        long[] ids = [.. tokens.Select(t => (long)t)];
-        return new TokenSequence(ids, ids);
     }
 
     private static int Choose(Tensor logits, GenerationOptions options, Random random)

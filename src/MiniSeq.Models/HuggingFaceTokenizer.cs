@@ -137,13 +137,15 @@ public sealed class HuggingFaceTokenizer
     {
         ArgumentException.ThrowIfNullOrEmpty(folder);
         Directory.CreateDirectory(folder);
+        using var pending = new PendingFiles();
         foreach (var file in _files)
         {
             // The name FromPretrained looks for, whatever the file given to FromFile was called.
             var target = Path.Combine(folder, _files.Count == 1 && !s_savedNames.Contains(Path.GetFileName(file)) ? JsonName : Path.GetFileName(file));
             if (Path.GetFullPath(file) != Path.GetFullPath(target))
-                CopyWhole(file, target);
+                pending.Add(target).Write(File.ReadAllBytes(file));
         }
+        pending.Commit();
     }
 
     internal TokenDecoder Decoder => _parts.Decoder;
@@ -164,20 +166,6 @@ public sealed class HuggingFaceTokenizer
             else
                 foreach (var piece in _parts.Split(section, first && start == 0))
                     _parts.Model.Encode(piece, ids);
-    }
-
-    private static void CopyWhole(string source, string target)
-    {
-        var temporary = $"{target}.{Guid.NewGuid():N}.tmp";
-        try
-        {
-            File.WriteAllBytes(temporary, File.ReadAllBytes(source));
-            File.Move(temporary, target, overwrite: true);
-        }
-        finally
-        {
-            File.Delete(temporary);
-        }
     }
 
     private void NameSpecialTokens(TokenizerConfig config, params ModelConfig[] models)

@@ -8,6 +8,11 @@ namespace MiniSeq.Models;
 /// <param name="Labels">As in Hugging Face: labels[t] is the token at t itself if its prediction counts, else −100; the shift by one is done by the model.</param>
 public sealed record TokenSequence(long[] InputIds, long[] Labels)
 {
+    /// <summary>A document every token of which is to be predicted, but the first.</summary>
+    public TokenSequence(long[] inputIds) : this(inputIds, inputIds)
+    {
+    }
+
     /// <summary>Tokens in all.</summary>
     public int Length => InputIds.Length;
 
