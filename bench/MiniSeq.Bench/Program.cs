@@ -62,14 +62,16 @@ Comparison Make(ParseResult p) => new()
     },
     DTypes = [.. p.GetValue(dtype)!.SelectMany(d => d.Split(',')).Select(d => Shape.ParseDType(d).ToString().ToLowerInvariant())],
     Variants = [.. p.GetValue(variants)!.SelectMany(v => v.Split(',')).Select(ParseVariant)],
-    Rounds = Math.Max(1, p.CommandResult.Command == step ? p.GetValue(rounds) : 1),
-    Steps = Math.Max(1, p.CommandResult.Command == step ? p.GetValue(steps) : 1),
-    Optimizer = p.CommandResult.Command == step && p.GetValue(optimizer) != "none",
+    Rounds = Math.Max(1, IsStep(p) ? p.GetValue(rounds) : 1),
+    Steps = Math.Max(1, IsStep(p) ? p.GetValue(steps) : 1),
+    Optimizer = IsStep(p) && p.GetValue(optimizer) != "none",
     Threads = p.GetValue(threads),
     Compute = new ComputeOptions(p.GetValue(chunk), Policy(p), (long)p.GetValue(budget) << 20),
 };
 
-RecomputePolicy Policy(ParseResult p) => p.CommandResult.Command.Name == "longest" && p.GetValue(recompute) == RecomputePolicy.Auto ? RecomputePolicy.Full : p.GetValue(recompute);
+bool IsStep(ParseResult p) => p.CommandResult.Command == step;
+
+RecomputePolicy Policy(ParseResult p) => !IsStep(p) && p.GetValue(recompute) == RecomputePolicy.Auto ? RecomputePolicy.Full : p.GetValue(recompute);
 
 static Variant ParseVariant(string name) => Enum.GetValues<Variant>().Cast<Variant?>().FirstOrDefault(v => Shape.Name(v!.Value) == name)
     ?? throw new ArgumentException($"--variants {name} is not known: write plain, recompute or mini-sequence.");

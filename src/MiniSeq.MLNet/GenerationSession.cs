@@ -10,11 +10,20 @@ internal sealed class GenerationSession : IDisposable
     private readonly DocumentEncoder _prompts;
     private bool _disposed;
 
+    /// <summary>Takes the model over: it is disposed with the session, and here if the settings do not fit it.</summary>
     public GenerationSession(CausalLM model, HuggingFaceTokenizer tokenizer, PipelineSettings settings)
     {
         (Model, Tokenizer, Settings) = (model, tokenizer, settings);
-        _prompts = settings.Encoder(tokenizer);
-        _prompts.Prompt("", settings.Generation.MaxNewTokens); // no room for the new tokens: said before training, not at the first row
+        try
+        {
+            _prompts = settings.Encoder(tokenizer);
+            _prompts.Prompt("", settings.Generation.MaxNewTokens); // no room for the new tokens: said before training, not at the first row
+        }
+        catch
+        {
+            model.Dispose();
+            throw;
+        }
     }
 
     public CausalLM Model { get; }

@@ -95,15 +95,7 @@ public sealed class MiniSeqEstimator : IEstimator<MiniSeqTransformer>
         var model = _options.Config is { } config
             ? new CausalLM(config with { BosTokenId = tokenizer.BosTokenId, EosTokenIds = [.. tokenizer.EosTokenIds] }, device: device)
             : Checkpoint.LoadPretrained(_options.Model!, device: device);
-        try
-        {
-            return new GenerationSession(model, tokenizer, Settings(model.Config, tokenizer));
-        }
-        catch
-        {
-            model.Dispose();
-            throw;
-        }
+        return new GenerationSession(model, tokenizer, Settings(model.Config, tokenizer));
     }
 
     private string ExistingModel()

@@ -83,15 +83,6 @@ internal sealed class SavedMapping(IReadOnlyList<string> places)
     {
         string folder = WeightsFolder.Find(manifest, places);
         var tokenizer = HuggingFaceTokenizer.FromPretrained(folder);
-        var model = Checkpoint.LoadPretrained(folder, device: device);
-        try
-        {
-            return new GenerationSession(model, tokenizer, manifest.Settings);
-        }
-        catch
-        {
-            model.Dispose();
-            throw;
-        }
+        return new GenerationSession(Checkpoint.LoadPretrained(folder, device: device), tokenizer, manifest.Settings);
     }
 }

@@ -28,7 +28,7 @@ public sealed class DocumentEncoder
         string[] parts = promptTemplate.Split(InputPlaceholder);
         if (parts.Length != 2) throw new ArgumentException($"The prompt template must hold {InputPlaceholder} once; it is \"{promptTemplate}\".", nameof(promptTemplate));
         _tokenizer = tokenizer;
-        _before = [.. tokenizer.BosTokenId is { } bos ? new[] { bos } : [], .. Ids(parts[0])];
+        _before = WithBos(Ids(parts[0]));
         _after = Ids(parts[1]);
         _maxLength = maxLength;
         if (maxLength <= _before.Length + _after.Length + 1)
@@ -60,26 +60,23 @@ public sealed class DocumentEncoder
     {
         int room = _maxLength - _before.Length - _after.Length - reserve;
         if (room < 0) throw new ArgumentException($"{reserve} tokens after the prompt and {_before.Length + _after.Length} of the template do not fit into the maximum length of {_maxLength}; the target is never cut, so raise it.", nameof(reserve));
-        int[] ids = Ids(document);
-        if (ids.Length > room)
-        {
-            Interlocked.Increment(ref _truncated);
-            ids = ids[..room];
-        }
-        return [.. _before, .. ids, .. _after];
+        return [.. _before, .. Cut(Ids(document), room), .. _after];
     }
 
     private TokenSequence EncodeText(string text)
     {
-        int[] ids = WithEos([.. _tokenizer.BosTokenId is { } bos ? new[] { bos } : [], .. Ids(text)]);
-        if (ids.Length > _maxLength)
-        {
-            Interlocked.Increment(ref _truncated);
-            ids = ids[.._maxLength];
-        }
-        long[] tokens = [.. ids.Select(i => (long)i)];
-        return new TokenSequence(tokens, tokens);
+        int[] ids = Cut(WithEos(WithBos(Ids(text))), _maxLength);
+        return new TokenSequence([.. ids.Select(i => (long)i)]);
     }
+
+    private int[] Cut(int[] ids, int room)
+    {
+        if (ids.Length <= room) return ids;
+        Interlocked.Increment(ref _truncated);
+        return ids[..room];
+    }
+
+    private int[] WithBos(int[] ids) => _tokenizer.BosTokenId is { } bos ? [bos, .. ids] : ids;
 
     private int[] WithEos(int[] ids) => _tokenizer.EosTokenId is { } eos ? [.. ids, eos] : ids;
 

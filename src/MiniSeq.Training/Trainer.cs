@@ -67,9 +67,9 @@ public static class Trainer
             if (options.EvalOnStart) EvaluateNow();
             foreach (var window in Windows(documents, options, order))
             {
-                var loss = Step(model, optimizer, window, step, options.LearningRateAt(step, totalSteps), options, cancellationToken);
-                step++;
-                report.Add(step, loss, options.LearningRateAt(step - 1, totalSteps));
+                double rate = options.LearningRateAt(step, totalSteps);
+                var done = Step(model, optimizer, window, step, rate, options, cancellationToken);
+                report.Add(++step, done, rate);
                 bool last = step == totalSteps;
                 if (last || step % (options.EvalSteps ?? stepsPerEpoch) == 0) EvaluateNow();
                 if (last || step % options.LoggingSteps == 0) report.Send();
