@@ -9,20 +9,21 @@ namespace MiniSeq.Layers;
 /// </summary>
 /// <remarks>
 /// Rows are tokens: q [rows, Hq, D], k and v [rows, Hkv, D]; a document is a run of rows. On the CPU this is libtorch's flash
-/// kernel, which also hands out the log-sum-exp that backward needs; on other devices it is scaled_dot_product_attention.
+/// kernel, which also hands out the log-sum-exp that backward needs; on other devices it is scaled_dot_product_attention. Capped scores
+/// and a window that a document is longer than go through <see cref="TiledAttention"/>, on every device.
 /// </remarks>
 public static class Attention
 {
-    /// <summary>The output and, on the CPU, the log-sum-exp of each document, kept or recomputed for <see cref="Backward"/>.</summary>
+    /// <summary>The output and, where the form has one, the log-sum-exp of each document, kept or recomputed for <see cref="Backward"/>.</summary>
     /// <param name="Output">[rows, Hq, D].</param>
-    /// <param name="LogSumExp">One [1, Hq, length] a document; empty where the device keeps none.</param>
-    public sealed record Result(Tensor Output, IReadOnlyList<Tensor> LogSumExp) : IDisposable
+    /// <param name="LogSumExp">One a document; null where scaled_dot_product_attention keeps none.</param>
+    public sealed record Result(Tensor Output, IReadOnlyList<Tensor?> LogSumExp) : IDisposable
     {
         /// <summary>Moves the tensors to the enclosing dispose scope.</summary>
         public Result MoveToOuterDisposeScope()
         {
             Output.MoveToOuterDisposeScope();
-            foreach (var t in LogSumExp) t.MoveToOuterDisposeScope();
+            foreach (var t in LogSumExp) t?.MoveToOuterDisposeScope();
             return this;
         }
 
@@ -30,7 +31,7 @@ public static class Attention
         public Result DetachFromDisposeScope()
         {
             Output.DetachFromDisposeScope();
-            foreach (var t in LogSumExp) t.DetachFromDisposeScope();
+            foreach (var t in LogSumExp) t?.DetachFromDisposeScope();
             return this;
         }
 
@@ -38,7 +39,7 @@ public static class Attention
         public void Dispose()
         {
             Output.Dispose();
-            foreach (var t in LogSumExp) t.Dispose();
+            foreach (var t in LogSumExp) t?.Dispose();
         }
     }
 
@@ -48,17 +49,21 @@ public static class Attention
     /// <param name="v">[rows, Hkv, D].</param>
     /// <param name="lengths">Rows of each document; their sum is the number of rows.</param>
     /// <param name="scale">Factor of Q Kᵀ, usually D^−½.</param>
-    public static Result Forward(Tensor q, Tensor k, Tensor v, IReadOnlyList<long> lengths, double scale)
+    /// <param name="window">How many tokens a token sees, itself among them (Hugging Face <c>sliding_window</c>); null is all before it.</param>
+    /// <param name="softcap">Scores s become softcap · tanh(s / softcap) (Gemma 2, <c>attn_logit_softcapping</c>); null leaves them.</param>
+    public static Result Forward(Tensor q, Tensor k, Tensor v, IReadOnlyList<long> lengths, double scale, long? window = null, double? softcap = null)
     {
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();
-        var sums = new List<Tensor>();
+        var sums = new List<Tensor?>();
         Tensor? output = null;
         long start = 0;
         foreach (long length in lengths)
         {
-            var (o, lse) = One(Document(q, start, length), Document(k, start, length), Document(v, start, length), causal: true, scale);
-            if (lse is not null) sums.Add(lse);
+            using var document = NewDisposeScope();
+            Tensor At(Tensor t) => t.narrow(0, start, length);
+            var (o, lse) = One(At(q), At(k), At(v), scale, window, softcap);
+            sums.Add(lse?.MoveToOuterDisposeScope());
             Place(ref output, o, q, start, lengths.Count);
             start += length;
         }
@@ -66,7 +71,8 @@ public static class Attention
     }
 
     /// <summary>Gradients of q, k and v, shaped like them, from that of the output [rows, Hq, D].</summary>
-    public static (Tensor Dq, Tensor Dk, Tensor Dv) Backward(Tensor dOutput, Tensor q, Tensor k, Tensor v, Result forward, IReadOnlyList<long> lengths, double scale)
+    public static (Tensor Dq, Tensor Dk, Tensor Dv) Backward(Tensor dOutput, Tensor q, Tensor k, Tensor v, Result forward, IReadOnlyList<long> lengths, double scale,
+        long? window = null, double? softcap = null)
     {
         using var scope = NewDisposeScope();
         Tensor? dq = null, dk = null, dv = null;
@@ -75,10 +81,8 @@ public static class Attention
         {
             using var document = NewDisposeScope();
             long length = lengths[i];
-            Tensor At(Tensor t) => Document(t, start, length);
-            var (gq, gk, gv) = forward.LogSumExp.Count > 0
-                ? Aten.FlashAttentionBackward(At(dOutput), At(q), At(k), At(v), At(forward.Output), forward.LogSumExp[i], causal: true, scale)
-                : GraphBackward(At(dOutput), At(q), At(k), At(v), scale);
+            Tensor At(Tensor t) => t.narrow(0, start, length);
+            var (gq, gk, gv) = OneBackward(At(dOutput), At(q), At(k), At(v), At(forward.Output), forward.LogSumExp[i], scale, window, softcap);
             Place(ref dq, gq, q, start, lengths.Count);
             Place(ref dk, gk, k, start, lengths.Count);
             Place(ref dv, gv, v, start, lengths.Count);
@@ -92,24 +96,52 @@ public static class Attention
     /// <param name="k">[length, Hkv, D], the new rows included.</param>
     /// <param name="v">[length, Hkv, D].</param>
     /// <param name="scale">Factor of Q Kᵀ.</param>
+    /// <param name="window">As in <see cref="Forward"/>.</param>
+    /// <param name="softcap">As in <see cref="Forward"/>.</param>
     /// <returns>[n, Hq, D].</returns>
-    public static Tensor WithCache(Tensor q, Tensor k, Tensor v, double scale)
+    public static Tensor WithCache(Tensor q, Tensor k, Tensor v, double scale, long? window = null, double? softcap = null)
     {
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();
         if (q.size(0) != 1 && q.size(0) != k.size(0)) throw new ArgumentException($"{q.size(0)} new rows of {k.size(0)}: give one row, or all.", nameof(q));
-        var (o, _) = One(Document(q, 0, q.size(0)), Document(k, 0, k.size(0)), Document(v, 0, v.size(0)), causal: q.size(0) > 1, scale);
-        return o.transpose(1, 2).squeeze(0).MoveToOuterDisposeScope();
+        if (q.size(0) == 1 && window < k.size(0))
+            (k, v) = (k.narrow(0, k.size(0) - window.Value, window.Value), v.narrow(0, v.size(0) - window.Value, window.Value));
+        return One(q, k, v, scale, window, softcap).Output.MoveToOuterDisposeScope();
     }
 
-    /// <summary>The plain form, for autograd: q [batch, Hq, S, D], k and v [batch, Hkv, S, D], causal.</summary>
-    public static Tensor Plain(Tensor q, Tensor k, Tensor v, double scale) =>
-        Aten.ScaledDotProductAttention(q, k, v, causal: true, scale);
+    /// <summary>The plain form, for autograd: q [batch, Hq, S, D], k and v [batch, Hkv, S, D], causal; all scores at once where there is a window or a cap.</summary>
+    public static Tensor Plain(Tensor q, Tensor k, Tensor v, double scale, long? window = null, double? softcap = null)
+    {
+        if (window is null && softcap is null) return Aten.ScaledDotProductAttention(q, k, v, causal: true, scale);
+        using var scope = NewDisposeScope();
+        Tensor Repeated(Tensor t) => t.repeat_interleave(q.size(1) / t.size(1), 1);
+        var scores = q.matmul(Repeated(k).transpose(2, 3)) * scale;
+        if (softcap is { } cap) scores = (scores / cap).tanh() * cap;
+        var hidden = TiledAttention.Hidden(0, q.size(2), 0, k.size(2), window, q.device);
+        var p = scores.masked_fill(hidden, double.NegativeInfinity).softmax(-1, Layers.Gradients.AccumulationType(q.dtype)).to(q.dtype);
+        return p.matmul(Repeated(v)).MoveToOuterDisposeScope();
+    }
 
-    private static (Tensor Output, Tensor? LogSumExp) One(Tensor q, Tensor k, Tensor v, bool causal, double scale) =>
-        q.device_type == DeviceType.CPU
-            ? Aten.FlashAttention(q, k, v, causal, scale)
-            : (Aten.ScaledDotProductAttention(q, k, v, causal, scale), null);
+    // The newest rows q [n, Hq, D] of a document against all of k and v: output [n, Hq, D].
+    private static (Tensor Output, Tensor? LogSumExp) One(Tensor q, Tensor k, Tensor v, double scale, long? window, double? softcap)
+    {
+        if (IsTiled(k.size(0), window, softcap)) return new TiledAttention(scale, window, softcap).Forward(q, k, v);
+        bool causal = q.size(0) > 1;
+        if (q.device_type != DeviceType.CPU) return (Rows(Aten.ScaledDotProductAttention(Heads(q), Heads(k), Heads(v), causal, scale)), null);
+        var (output, lse) = Aten.FlashAttention(Heads(q), Heads(k), Heads(v), causal, scale);
+        return (Rows(output), lse);
+    }
+
+    private static (Tensor, Tensor, Tensor) OneBackward(Tensor dOutput, Tensor q, Tensor k, Tensor v, Tensor output, Tensor? logSumExp, double scale, long? window, double? softcap)
+    {
+        if (IsTiled(k.size(0), window, softcap)) return new TiledAttention(scale, window, softcap).Backward(dOutput, q, k, v, output, logSumExp!);
+        var (dq, dk, dv) = logSumExp is null
+            ? GraphBackward(Heads(dOutput), Heads(q), Heads(k), Heads(v), scale)
+            : Aten.FlashAttentionBackward(Heads(dOutput), Heads(q), Heads(k), Heads(v), Heads(output), logSumExp, causal: true, scale);
+        return (Rows(dq), Rows(dk), Rows(dv));
+    }
+
+    private static bool IsTiled(long length, long? window, double? softcap) => softcap is not null || window < length;
 
     private static (Tensor, Tensor, Tensor) GraphBackward(Tensor dOutput, Tensor q, Tensor k, Tensor v, double scale)
     {
@@ -119,24 +151,20 @@ public static class Attention
         return (leaves[0].grad!, leaves[1].grad!, leaves[2].grad!);
     }
 
-    /// <summary>Rows start.. of a document as [1, heads, length, D], a view.</summary>
-    private static Tensor Document(Tensor t, long start, long length)
-    {
-        using var rows = t.narrow(0, start, length);
-        using var batch = rows.unsqueeze(0);
-        return batch.transpose(1, 2);
-    }
+    // The kernels' shape [1, heads, length, D] for rows [length, heads, D], a view; and back.
+    private static Tensor Heads(Tensor rows) => rows.unsqueeze(0).transpose(1, 2);
 
-    // The kernels write [1, length, heads, D] seen as [1, heads, length, D]: the only document of a batch needs no copy.
-    private static void Place(ref Tensor? all, Tensor part, Tensor like, long start, int documents)
+    private static Tensor Rows(Tensor heads) => heads.transpose(1, 2).squeeze(0);
+
+    // Written into one tensor of all documents; the only document of a batch needs no copy, as the kernels write row by row.
+    private static void Place(ref Tensor? all, Tensor rows, Tensor like, long start, int documents)
     {
-        var rows = part.transpose(1, 2).squeeze(0);
         if (documents == 1)
         {
             all = rows.contiguous().MoveToOuterDisposeScope();
             return;
         }
-        all ??= empty([like.size(0), part.size(1), part.size(3)], part.dtype, part.device).MoveToOuterDisposeScope();
+        all ??= empty([like.size(0), rows.size(1), rows.size(2)], rows.dtype, rows.device).MoveToOuterDisposeScope();
         all.narrow(0, start, rows.size(0)).copy_(rows);
     }
 }

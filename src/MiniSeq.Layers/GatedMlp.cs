@@ -77,6 +77,13 @@ public sealed class GatedMlp : nn.Module<Tensor, Tensor>
         var (gate, up) = (_gate.forward(x), _up.forward(x));
         keep?.Gate.copy_(gate);
         keep?.Up.copy_(up);
+        return OutputChunk(gate, up).MoveToOuterDisposeScope();
+    }
+
+    /// <summary>y = W_d (act(gate) ⊙ up) of gate and up [rows, I] that were kept.</summary>
+    public Tensor OutputChunk(Tensor gate, Tensor up)
+    {
+        using var scope = NewDisposeScope();
         return _down.forward(ActivationFunctions.Apply(_activation, gate).mul_(up)).MoveToOuterDisposeScope();
     }
 

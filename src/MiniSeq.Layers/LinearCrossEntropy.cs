@@ -36,8 +36,9 @@ public static class LinearCrossEntropy
     /// <param name="head">The head, weight [V, d].</param>
     /// <param name="labels">[..] int64: the token wanted at each row (already shifted), or <see cref="IgnoreIndex"/>.</param>
     /// <param name="chunkSize">Rows of a mini-sequence, or <see cref="Chunking.Auto"/>.</param>
+    /// <param name="softcap">Logits z become softcap · tanh(z / softcap) (Gemma 2, <c>final_logit_softcapping</c>); null leaves them.</param>
     /// <exception cref="ArgumentException">Shapes do not fit, labels are not int64, or a label is outside 0..V−1.</exception>
-    public static TokenLoss Loss(Tensor hidden, Projection head, Tensor labels, int chunkSize = Chunking.Auto)
+    public static TokenLoss Loss(Tensor hidden, Projection head, Tensor labels, int chunkSize = Chunking.Auto, double? softcap = null)
     {
         using var scope = NewDisposeScope();
         CheckShapes(hidden, labels);
@@ -46,7 +47,7 @@ public static class LinearCrossEntropy
         Tensor[] trained = [hidden, .. head.parameters()];
         bool record = is_grad_enabled() && trained.Any(t => t.requires_grad);
         var sink = record ? new GradientSink(hidden, head, rows) : null;
-        var sum = AutogradNode.Apply(trained, () => SumChunks(hidden, head, labels, rows, chunkSize, sink), [], (node, gradients) =>
+        var sum = AutogradNode.Apply(trained, () => SumChunks(hidden, head, labels, rows, chunkSize, softcap, sink), [], (node, gradients) =>
         {
             var result = new Tensor?[trained.Length];
             if (gradients[0] is { } upstream) result[0] = sink!.Finish(upstream);
@@ -59,10 +60,10 @@ public static class LinearCrossEntropy
     /// Loss of one mini-sequence and, if <paramref name="scale"/> is given, the gradients of scale · loss: those of the head are
     /// accumulated, that of the rows is returned. Shapes: hidden [rows, d], labels [rows], none of them ignored.
     /// </summary>
-    public static (Tensor LossSum, Tensor? HiddenGradient) Chunk(Tensor hidden, Projection head, Tensor labels, double? scale, bool needsHiddenGradient = true)
+    public static (Tensor LossSum, Tensor? HiddenGradient) Chunk(Tensor hidden, Projection head, Tensor labels, double? scale, bool needsHiddenGradient = true, double? softcap = null)
     {
         using var scope = NewDisposeScope();
-        var (loss, dLogits) = LossAndLogitGradient(hidden, head, labels, scale);
+        var (loss, dLogits) = LossAndLogitGradient(hidden, head, labels, softcap, scale);
         if (dLogits is null) return (loss.MoveToOuterDisposeScope(), null);
         head.AccumulateGradients(hidden, dLogits);
         var dHidden = needsHiddenGradient ? head.InputGradient(dLogits).MoveToOuterDisposeScope() : null;
@@ -70,13 +71,13 @@ public static class LinearCrossEntropy
     }
 
     /// <summary>Loss and correct greedy predictions of one mini-sequence, without gradients: evaluation. Shapes as in <see cref="Chunk"/>; both results are scalars.</summary>
-    public static (Tensor LossSum, Tensor Correct) Score(Tensor hidden, Projection head, Tensor labels)
+    public static (Tensor LossSum, Tensor Correct) Score(Tensor hidden, Projection head, Tensor labels, double? softcap = null)
     {
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();
         var logits = head.forward(hidden);
         var correct = logits.argmax(1).eq(labels).sum();
-        var loss = SoftmaxBlocks_(logits, labels, null);
+        var loss = SoftmaxBlocks_(logits, labels, softcap, null);
         return (loss.MoveToOuterDisposeScope(), correct.MoveToOuterDisposeScope());
     }
 
@@ -105,25 +106,27 @@ public static class LinearCrossEntropy
     }
 
     // The logits of a chunk become their own gradient, a few rows at a time: those stay in the cache, and are float32 or better only there.
-    private static (Tensor Loss, Tensor? LogitGradient) LossAndLogitGradient(Tensor hidden, Projection head, Tensor labels, double? scale)
+    private static (Tensor Loss, Tensor? LogitGradient) LossAndLogitGradient(Tensor hidden, Projection head, Tensor labels, double? softcap, double? scale)
     {
         var logits = head.forward(hidden);
-        var loss = SoftmaxBlocks_(logits, labels, scale);
+        var loss = SoftmaxBlocks_(logits, labels, softcap, scale);
         return (loss, scale is null ? null : logits);
     }
 
-    private static Tensor SoftmaxBlocks_(Tensor logits, Tensor labels, double? scale)
+    private static Tensor SoftmaxBlocks_(Tensor logits, Tensor labels, double? softcap, double? scale)
     {
         var loss = zeros([], ScalarType.Float64, logits.device);
         long block = Math.Max(1, SoftmaxBytes / (logits.size(1) * Gradients.AccumulationType(logits.dtype).ElementSize()));
-        Chunking.ForEach(logits.size(0), block, (start, count) => loss.add_(Softmax_(logits.narrow(0, start, count), labels.narrow(0, start, count), scale)));
+        Chunking.ForEach(logits.size(0), block, (start, count) => loss.add_(Softmax_(logits.narrow(0, start, count), labels.narrow(0, start, count), softcap, scale)));
         return loss;
     }
 
-    // p = softmax(z), loss = −log p[y], scale · d loss / dz = scale · (p − onehot(y)), which replaces z.
-    private static Tensor Softmax_(Tensor logits, Tensor labels, double? scale)
+    // p = softmax(z), loss = −log p[y], scale · d loss / dz = scale · (p − onehot(y)), which replaces z; through a cap times 1 − tanh².
+    private static Tensor Softmax_(Tensor logits, Tensor labels, double? softcap, double? scale)
     {
         var z = logits.to(Gradients.AccumulationType(logits.dtype));
+        using var tanh = softcap is { } cap ? z.div_(cap).tanh_().clone() : null;
+        if (tanh is not null) z.mul_(softcap!.Value);
         var y = labels.unsqueeze(1);
         var wanted = z.gather(1, y);
         var max = z.amax([1], keepdim: true);
@@ -132,11 +135,12 @@ public static class LinearCrossEntropy
         if (scale is not { } s) return loss;
         z.mul_(sum.reciprocal_().mul_(s));                                       // s · p
         z.scatter_add_(1, y, full_like(wanted, -s));                             // s · (p − onehot)
+        if (tanh is not null) z.mul_(tanh.mul_(tanh).neg_().add_(1));
         if (z.dtype != logits.dtype) logits.copy_(z);
         return loss;
     }
 
-    private static Tensor SumChunks(Tensor hidden, Projection head, Tensor labels, Tensor rows, int chunkSize, GradientSink? sink)
+    private static Tensor SumChunks(Tensor hidden, Projection head, Tensor labels, Tensor rows, int chunkSize, double? softcap, GradientSink? sink)
     {
         using var scope = NewDisposeScope();
         var x = hidden.reshape(-1, hidden.size(-1));
@@ -146,7 +150,7 @@ public static class LinearCrossEntropy
         {
             var at = rows.narrow(0, start, count);
             var h = x.index_select(0, at);
-            var (loss, dLogits) = LossAndLogitGradient(h, head, y.index_select(0, at), sink is null ? null : 1);
+            var (loss, dLogits) = LossAndLogitGradient(h, head, y.index_select(0, at), softcap, sink is null ? null : 1);
             total.add_(loss);
             sink?.Add(start, h, dLogits!);
         });

@@ -10,6 +10,7 @@ public sealed class RotaryEmbedding : IDisposable
 {
     private readonly Tensor _inverseFrequencies; // [D/2]
     private readonly ScalarType _dtype;
+    private readonly double _attentionFactor;
     private Tensor? _cos; // [positions, 1, D/2]
     private Tensor? _sin;
 
@@ -18,15 +19,17 @@ public sealed class RotaryEmbedding : IDisposable
     /// <param name="theta">θ, Hugging Face <c>rope_theta</c>.</param>
     /// <param name="dtype">Type of the queries and keys.</param>
     /// <param name="device">Their device.</param>
+    /// <param name="scaling">Stretches the angles for texts longer than those of pre-training; null leaves them.</param>
     /// <exception cref="ArgumentException">An odd head dimension.</exception>
-    public RotaryEmbedding(long headDim, double theta, ScalarType dtype = ScalarType.Float32, Device? device = null)
+    public RotaryEmbedding(long headDim, double theta, ScalarType dtype = ScalarType.Float32, Device? device = null, RopeScaling? scaling = null)
     {
         if (headDim <= 0 || headDim % 2 != 0) throw new ArgumentException($"Rotary embedding needs an even head dimension, and got {headDim}.", nameof(headDim));
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();
         var exponent = arange(0, headDim, 2, ScalarType.Float32, device) / headDim;
-        _inverseFrequencies = pow(theta, exponent).reciprocal_().DetachFromDisposeScope();
-        _dtype = dtype;
+        var frequencies = pow(theta, exponent).reciprocal_();
+        _inverseFrequencies = (scaling?.Scale(frequencies, theta) ?? frequencies).DetachFromDisposeScope();
+        (_dtype, _attentionFactor) = (dtype, scaling?.AttentionFactor ?? 1);
     }
 
     /// <summary>cos and sin of rows [positions, 1, D/2]; the caller disposes them.</summary>
@@ -38,7 +41,7 @@ public sealed class RotaryEmbedding : IDisposable
         return (_cos!.index_select(0, positions), _sin!.index_select(0, positions));
     }
 
-    /// <summary>Turns x [rows, heads, D] in place. With sin negated it turns back, which is also the gradient.</summary>
+    /// <summary>Turns x [rows, heads, D] in place. With sin negated it is the gradient: without a scaling factor it turns back.</summary>
     public static void Rotate_(Tensor x, Tensor cos, Tensor sin)
     {
         using var scope = NewDisposeScope();
@@ -64,8 +67,10 @@ public sealed class RotaryEmbedding : IDisposable
         using var noGrad = no_grad();
         var angles = outer(arange(0, length, ScalarType.Float32, _inverseFrequencies.device), _inverseFrequencies).unsqueeze(1);
         Dispose(tablesOnly: true);
-        (_cos, _sin) = (angles.cos().to(_dtype).DetachFromDisposeScope(), angles.sin().to(_dtype).DetachFromDisposeScope());
+        (_cos, _sin) = (Table(angles.cos()), Table(angles.sin()));
     }
+
+    private Tensor Table(Tensor values) => values.mul_(_attentionFactor).to(_dtype).DetachFromDisposeScope();
 
     private void Dispose(bool tablesOnly)
     {

@@ -1,4 +1,5 @@
 using MiniSeq.Layers;
+using TorchSharp.Modules;
 using static TorchSharp.torch;
 
 namespace MiniSeq.Models;
@@ -28,6 +29,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     private readonly RmsNorm _norm;
     private readonly Projection _head;
     private readonly RotaryEmbedding _rotary;
+    private static readonly (string Name, string[] Parts)[] s_phi3 = [("qkv_proj.weight", ["q_proj.weight", "k_proj.weight", "v_proj.weight"]), ("gate_up_proj.weight", ["gate_proj.weight", "up_proj.weight"])];
 
     /// <summary>A model with new weights, normal with <see cref="DecoderConfig.InitializerRange"/>, from torch's random state.</summary>
     public CausalLM(DecoderConfig config, ScalarType dtype = ScalarType.Float32, Device? device = null) : this(config, dtype, device, initialize: true)
@@ -38,10 +40,10 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     {
         (Config, DType, Device) = (config, dtype, device ?? CPU);
         _embedding = new TokenEmbedding(config.VocabSize, config.HiddenSize, dtype, device);
-        _layers = [.. Enumerable.Range(0, config.NumHiddenLayers).Select(_ => new DecoderLayer(config, dtype, device))];
-        _norm = new RmsNorm(config.HiddenSize, config.RmsNormEps, dtype, device);
+        _layers = [.. Enumerable.Range(0, config.NumHiddenLayers).Select(l => new DecoderLayer(config, l, dtype, device))];
+        _norm = new RmsNorm(config.HiddenSize, config.RmsNormEps, dtype, device, config.RmsNormUnitOffset);
         _head = config.TieWordEmbeddings ? new Projection(_embedding.Weight) : new Projection(config.HiddenSize, config.VocabSize, false, dtype, device);
-        _rotary = new RotaryEmbedding(config.HeadDim, config.RopeTheta, dtype, device);
+        _rotary = new RotaryEmbedding(config.HeadDim, config.RopeTheta, dtype, device, config.RopeScaling);
         register_module("model", new ModuleGroup(("embed_tokens", _embedding), ("layers", new ModuleGroup([.. _layers.Select((l, i) => ($"{i}", (nn.Module)l))])), ("norm", _norm)));
         if (!config.TieWordEmbeddings) register_module("lm_head", _head);
         if (initialize) Initialize();
@@ -58,12 +60,6 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
 
     internal IReadOnlyList<DecoderLayer> Layers => _layers;
 
-    internal TokenEmbedding Embedding => _embedding;
-
-    internal RmsNorm Norm => _norm;
-
-    internal Projection Head => _head;
-
     internal RotaryEmbedding Rotary => _rotary;
 
     /// <summary>Logits [batch, S, V] of ids [batch, S], without gradients: for a look at a short text.</summary>
@@ -72,7 +68,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();
         using var batch = new TokenBatch([.. Enumerable.Range(0, (int)input.size(0)).Select(b => new TokenSequence(input[b].data<long>().ToArray()))], Device);
-        var logits = _head.forward(_norm.forward(Hidden(batch, new ComputeOptions(), default)));
+        var logits = Logits(Hidden(batch, new ComputeOptions(), default));
         return logits.view(input.size(0), input.size(1), -1).MoveToOuterDisposeScope();
     }
 
@@ -95,7 +91,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         var records = new Stack<LayerRecord>();
         try
         {
-            var x = _embedding.forward(batch.InputIds);
+            var x = Embed(batch.InputIds);
             foreach (var (layer, policy) in _layers.Zip(plan.Layers))
             {
                 cancellationToken.ThrowIfCancellationRequested();
@@ -111,7 +107,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
                 using var record = records.Pop();
                 layer.Backward_(record, gradient, rows, batch.Lengths);
             }
-            _embedding.Backward(batch.InputIds, gradient);
+            _embedding.Backward(batch.InputIds, Config.ScaleEmbeddings ? gradient.mul_(EmbeddingScale) : gradient);
             return new TokenLoss(loss.MoveToOuterDisposeScope(), targets.numel());
         }
         finally
@@ -121,7 +117,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
 
         Tensor Attend(DecoderLayer layer, LayerRecord record, Tensor q, Tensor k, Tensor v)
         {
-            var result = Attention.Forward(q, k, v, batch.Lengths, layer.AttentionScale);
+            var result = layer.Attend(q, k, v, batch.Lengths);
             var output = result.Output.alias();
             record.KeepAttention(result);
             return output;
@@ -141,11 +137,33 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         Chunking.ForEach(targets.numel(), Chunking.LogitRows(options.ChunkSize, targets.numel(), Config.VocabSize, DType), (start, count) =>
         {
             var at = targets.narrow(0, start, count);
-            var (chunkLoss, chunkCorrect) = LinearCrossEntropy.Score(_norm.forward(x.index_select(0, at)), _head, batch.Targets.index_select(0, at));
+            var (chunkLoss, chunkCorrect) = LinearCrossEntropy.Score(_norm.forward(x.index_select(0, at)), _head, batch.Targets.index_select(0, at), Config.FinalLogitSoftcapping);
             loss.add_(chunkLoss);
             correct.add_(chunkCorrect);
         });
         return new TokenScore(loss.item<double>(), targets.numel(), correct.item<long>());
+    }
+
+    /// <summary>x [.., d] of ids [..]. Recorded where gradients are on.</summary>
+    internal Tensor Embed(Tensor ids) => Config.ScaleEmbeddings ? _embedding.forward(ids) * EmbeddingScale : _embedding.forward(ids);
+
+    /// <summary>Logits [.., V] of the last layer's output [.., d]. Recorded where gradients are on.</summary>
+    internal Tensor Logits(Tensor x)
+    {
+        var logits = _head.forward(_norm.forward(x));
+        return Config.FinalLogitSoftcapping is { } cap ? (logits / cap).tanh() * cap : logits;
+    }
+
+    // √d, rounded as the embeddings are.
+    private double EmbeddingScale
+    {
+        get
+        {
+            using var exact = tensor(Math.Sqrt(Config.HiddenSize));
+            using var rounded = exact.to(DType);
+            using var wide = rounded.to(ScalarType.Float64);
+            return wide.item<double>();
+        }
     }
 
     // norm → LM head → loss and all the way back to the last layer's output, on the rows that have a target, a mini-sequence at a time.
@@ -158,7 +176,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         {
             var at = targets.narrow(0, start, count);
             var h = x.index_select(0, at);
-            var (chunkLoss, dn) = LinearCrossEntropy.Chunk(_norm.forward(h), _head, labels.index_select(0, at), scale);
+            var (chunkLoss, dn) = LinearCrossEntropy.Chunk(_norm.forward(h), _head, labels.index_select(0, at), scale, softcap: Config.FinalLogitSoftcapping);
             loss.add_(chunkLoss);
             gradient.index_copy_(0, at, _norm.Backward(h, dn!));
         });
@@ -170,11 +188,11 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     {
         using var scope = NewDisposeScope();
         var rows = Rows(batch, Chunking.Rows(options.ChunkSize, batch.RowCount, Config.IntermediateSize, DType));
-        var x = _embedding.forward(batch.InputIds);
+        var x = Embed(batch.InputIds);
         foreach (var layer in _layers)
         {
             cancellationToken.ThrowIfCancellationRequested();
-            layer.Forward(x, rows, (q, k, v) => Attention.Forward(q, k, v, batch.Lengths, layer.AttentionScale).Output, inPlace: true);
+            layer.Forward(x, rows, (q, k, v) => layer.Attend(q, k, v, batch.Lengths).Output, inPlace: true);
         }
         return x.MoveToOuterDisposeScope();
     }
@@ -200,6 +218,23 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         using var noGrad = no_grad();
         foreach (var (_, parameter) in named_parameters())
             if (parameter.dim() == 2) parameter.normal_(0, Config.InitializerRange);
+    }
+
+    /// <summary>
+    /// What a checkpoint's file holds: a tensor's name there, and the parameters whose rows make it up. One for most; Phi-3 has q, k, v in one
+    /// tensor, and gate and up.
+    /// </summary>
+    internal IEnumerable<(string Name, IReadOnlyList<Parameter> Parts)> CheckpointTensors()
+    {
+        var all = named_parameters().ToDictionary(p => p.name, p => p.parameter);
+        foreach (var (name, parameter) in all)
+        {
+            int split = name.LastIndexOf('.', name.LastIndexOf('.') - 1) + 1; // model.layers.0.self_attn. | q_proj.weight
+            var (group, module) = (name[..split], name[split..]);
+            var fused = Config.ModelType == "phi3" ? s_phi3.FirstOrDefault(f => f.Parts.Contains(module)) : default;
+            if (fused.Parts is null) yield return (name, [parameter]);
+            else if (module == fused.Parts[0]) yield return (group + fused.Name, [.. fused.Parts.Select(part => all[group + part])]);
+        }
     }
 
     /// <inheritdoc/>

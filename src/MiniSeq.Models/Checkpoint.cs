@@ -20,15 +20,15 @@ public static class Checkpoint
         using var file = SafetensorsReader.Open(folder);
         Dictionary<string, long[]> expected;
         using (var shapes = new CausalLM(config, ScalarType.Float32, META, initialize: false))
-            expected = shapes.named_parameters().ToDictionary(p => p.name, p => p.parameter.shape);
+            expected = shapes.CheckpointTensors().ToDictionary(t => t.Name, t => ShapeOf(t.Parts));
         Check(file, expected, config, folder);
         var model = new CausalLM(config, dtype ?? Computable(file.DType("model.embed_tokens.weight")), device, initialize: false);
         try
         {
             int done = 0;
-            foreach (var (name, parameter) in model.named_parameters())
+            foreach (var (name, parts) in model.CheckpointTensors())
             {
-                file.ReadInto(name, parameter);
+                Read(file, name, parts);
                 progress?.Report((++done, expected.Count));
             }
             return model;
@@ -47,10 +47,32 @@ public static class Checkpoint
     public static void SavePretrained(this CausalLM model, string folder, long maxShardBytes = 5_000_000_000)
     {
         Directory.CreateDirectory(folder);
-        SafetensorsWriter.SavePretrained(folder, [.. model.named_parameters().Select(p => (p.name, (Tensor)p.parameter))], maxShardBytes);
+        using (NewDisposeScope())
+        using (no_grad())
+            SafetensorsWriter.SavePretrained(folder, [.. model.CheckpointTensors().Select(t => (t.Name, t.Parts.Count == 1 ? t.Parts[0] : cat([.. t.Parts], 0)))], maxShardBytes);
         using var files = new PendingFiles();
         files.Add(Path.Combine(folder, "config.json")).Write(Encoding.UTF8.GetBytes(model.Config.ToJson(model.DType)));
         files.Commit();
+    }
+
+    private static long[] ShapeOf(IReadOnlyList<Tensor> parts) => [parts.Sum(p => p.size(0)), .. parts[0].shape[1..]];
+
+    private static void Read(SafetensorsReader file, string name, IReadOnlyList<Tensor> parts)
+    {
+        if (parts.Count == 1)
+        {
+            file.ReadInto(name, parts[0]);
+            return;
+        }
+        using var scope = NewDisposeScope();
+        using var noGrad = no_grad();
+        var whole = file.Read(name);
+        long start = 0;
+        foreach (var part in parts)
+        {
+            part.copy_(whole.narrow(0, start, part.size(0)));
+            start += part.size(0);
+        }
     }
 
     private static ScalarType Computable(ScalarType stored) => stored == ScalarType.Float16 ? ScalarType.Float32 : stored;

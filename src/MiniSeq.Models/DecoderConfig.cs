@@ -1,17 +1,27 @@
-using System.Text.Json;
-using System.Text.Json.Nodes;
 using MiniSeq.Layers;
 using static TorchSharp.torch;
 
 namespace MiniSeq.Models;
 
+/// <summary>What a layer's attention sees, Hugging Face <c>layer_types</c>.</summary>
+public enum LayerType
+{
+    /// <summary>All tokens before.</summary>
+    FullAttention,
+
+    /// <summary>The last <see cref="DecoderConfig.SlidingWindow"/> tokens.</summary>
+    SlidingAttention,
+}
+
 /// <summary>
 /// The shape of a decoder, under the names of Hugging Face's <c>config.json</c>. Differences between model families are data here,
-/// not subclasses.
+/// not subclasses; <see cref="ConfigJson"/> knows which family has which.
 /// </summary>
 public sealed record DecoderConfig
 {
-    /// <summary>Hugging Face <c>model_type</c>.</summary>
+    private const int MostLayers = 10_000; // a damaged file must not make a list of two billion
+
+    /// <summary>Hugging Face <c>model_type</c>: under which name the configuration is written, nothing else.</summary>
     public string ModelType { get; init; } = "llama";
 
     /// <summary>V, rows of the embedding and columns of the logits.</summary>
@@ -38,14 +48,47 @@ public sealed record DecoderConfig
     /// <summary>ε of the norms.</summary>
     public double RmsNormEps { get; init; } = 1e-6;
 
+    /// <summary>Whether norms scale by 1 + w (Gemma).</summary>
+    public bool RmsNormUnitOffset { get; init; }
+
+    /// <summary>Whether attention and MLP have a norm behind them, too, before the residual is added (Gemma 2's four norms a layer).</summary>
+    public bool PostNorms { get; init; }
+
+    /// <summary>Whether queries and keys have a norm over each head, before rotation (Qwen3).</summary>
+    public bool QkNorm { get; init; }
+
     /// <summary>θ of the rotary embedding.</summary>
     public double RopeTheta { get; init; } = 10000;
+
+    /// <summary>How the rotary embedding is stretched; null is not.</summary>
+    public RopeScaling? RopeScaling { get; init; }
+
+    /// <summary>Tokens that a token of a sliding layer sees, itself among them; null lets all layers see everything.</summary>
+    public int? SlidingWindow { get; init; }
+
+    /// <summary>Which layers slide, one entry a layer; null is all of them where there is a window.</summary>
+    public IReadOnlyList<LayerType>? LayerTypes { get; init; }
+
+    /// <summary>Scores s of attention become c · tanh(s / c) (Gemma 2).</summary>
+    public double? AttnLogitSoftcapping { get; init; }
+
+    /// <summary>The same for logits.</summary>
+    public double? FinalLogitSoftcapping { get; init; }
+
+    /// <summary>Attention's scale is its power −½; null is the head's width.</summary>
+    public double? QueryPreAttnScalar { get; init; }
+
+    /// <summary>Whether embeddings are multiplied by √d, rounded to their type (Gemma).</summary>
+    public bool ScaleEmbeddings { get; init; }
 
     /// <summary>Whether the LM head is the embedding matrix.</summary>
     public bool TieWordEmbeddings { get; init; }
 
-    /// <summary>Whether the q, k, v and o projections have biases.</summary>
-    public bool AttentionBias { get; init; }
+    /// <summary>Whether the q, k and v projections have biases.</summary>
+    public bool QkvBias { get; init; }
+
+    /// <summary>Whether the o projection has a bias.</summary>
+    public bool OutputBias { get; init; }
 
     /// <summary>Whether the gate, up and down projections have biases.</summary>
     public bool MlpBias { get; init; }
@@ -65,6 +108,15 @@ public sealed record DecoderConfig
     /// <summary>Tokens that end a text.</summary>
     public IReadOnlyList<int> EosTokenIds { get; init; } = [];
 
+    /// <summary>Token that fills a batch; not used here, where batches have no filling.</summary>
+    public int? PadTokenId { get; init; }
+
+    /// <summary>Factor of Q Kᵀ.</summary>
+    public double AttentionScale => 1 / Math.Sqrt(QueryPreAttnScalar ?? HeadDim);
+
+    /// <summary>How many tokens a token of a layer sees, itself among them; null is all.</summary>
+    public int? WindowOf(int layer) => LayerTypes is null || LayerTypes[layer] == LayerType.SlidingAttention ? SlidingWindow : null;
+
     /// <summary>A Llama-like configuration by its sizes.</summary>
     public static DecoderConfig Llama(int vocabSize, int hiddenSize, int intermediateSize, int layers, int heads, int kvHeads, bool tieWordEmbeddings = false) => new DecoderConfig
     {
@@ -83,107 +135,33 @@ public sealed record DecoderConfig
     /// <exception cref="FileNotFoundException">There is no such file.</exception>
     /// <exception cref="InvalidDataException">The file is damaged, or a value does not fit.</exception>
     /// <exception cref="NotSupportedException">An architecture or setting that this library does not compute.</exception>
-    public static DecoderConfig FromPretrained(string path)
-    {
-        string file = Directory.Exists(path) ? Path.Combine(path, "config.json") : path;
-        if (!File.Exists(file)) throw new FileNotFoundException($"There is no model configuration at '{file}'. Give the folder of a Hugging Face checkpoint, with its config.json.", file);
-        try
-        {
-            return Parse(JsonNode.Parse(File.ReadAllBytes(file)) as JsonObject ?? throw new InvalidDataException($"'{file}' holds no JSON object."), file);
-        }
-        catch (Exception e) when (e is JsonException or FormatException or InvalidOperationException or OverflowException)
-        {
-            throw new InvalidDataException($"'{file}' is not a valid config.json: {e.Message}", e);
-        }
-    }
+    public static DecoderConfig FromPretrained(string path) => ConfigJson.Read(path);
 
     /// <summary>This configuration as Hugging Face's <c>config.json</c>.</summary>
     /// <param name="dtype">Type of the weights beside it, <c>torch_dtype</c>.</param>
-    public string ToJson(ScalarType dtype)
-    {
-        var json = new JsonObject
-        {
-            ["architectures"] = new JsonArray("LlamaForCausalLM"),
-            ["model_type"] = ModelType,
-            ["vocab_size"] = VocabSize,
-            ["hidden_size"] = HiddenSize,
-            ["intermediate_size"] = IntermediateSize,
-            ["num_hidden_layers"] = NumHiddenLayers,
-            ["num_attention_heads"] = NumAttentionHeads,
-            ["num_key_value_heads"] = NumKeyValueHeads,
-            ["head_dim"] = HeadDim,
-            ["rms_norm_eps"] = RmsNormEps,
-            ["rope_theta"] = RopeTheta,
-            ["tie_word_embeddings"] = TieWordEmbeddings,
-            ["attention_bias"] = AttentionBias,
-            ["mlp_bias"] = MlpBias,
-            ["hidden_act"] = HiddenAct == Activation.Silu ? "silu" : "gelu_pytorch_tanh",
-            ["max_position_embeddings"] = MaxPositionEmbeddings,
-            ["initializer_range"] = InitializerRange,
-            ["torch_dtype"] = dtype.ToString().ToLowerInvariant(),
-        };
-        if (BosTokenId is { } bos) json["bos_token_id"] = bos;
-        if (EosTokenIds.Count == 1) json["eos_token_id"] = EosTokenIds[0];
-        else if (EosTokenIds.Count > 1) json["eos_token_id"] = new JsonArray([.. EosTokenIds.Select(id => (JsonNode)id)]);
-        return json.ToJsonString(new JsonSerializerOptions { WriteIndented = true });
-    }
+    /// <exception cref="NotSupportedException">Models of this <see cref="ModelType"/> do not have one of the settings.</exception>
+    public string ToJson(ScalarType dtype) => ConfigJson.Write(this, dtype);
 
-    private static DecoderConfig Parse(JsonObject json, string file)
-    {
-        string type = Text(json, "model_type") ?? throw new InvalidDataException($"'{file}' names no model_type.");
-        if (type != "llama") throw new NotSupportedException($"'{file}': model_type '{type}' is not supported; this version computes 'llama'.");
-        if (json["rope_scaling"] is JsonObject scaling) throw new NotSupportedException($"'{file}': rope_scaling {scaling.ToJsonString()} is not supported.");
-        if (json["quantization_config"] is not null) throw new NotSupportedException($"'{file}': quantized weights (quantization_config) are not supported; use the unquantized checkpoint.");
-        int hidden = Required(json, "hidden_size", file), heads = Required(json, "num_attention_heads", file);
-        return new DecoderConfig
-        {
-            ModelType = type,
-            VocabSize = Required(json, "vocab_size", file),
-            HiddenSize = hidden,
-            IntermediateSize = Required(json, "intermediate_size", file),
-            NumHiddenLayers = Required(json, "num_hidden_layers", file),
-            NumAttentionHeads = heads,
-            NumKeyValueHeads = (int?)json["num_key_value_heads"] ?? heads,
-            HeadDim = (int?)json["head_dim"] ?? (heads > 0 ? hidden / heads : 0),
-            RmsNormEps = (double?)json["rms_norm_eps"] ?? 1e-6,
-            RopeTheta = (double?)json["rope_theta"] ?? 10000,
-            TieWordEmbeddings = (bool?)json["tie_word_embeddings"] ?? false,
-            AttentionBias = (bool?)json["attention_bias"] ?? false,
-            MlpBias = (bool?)json["mlp_bias"] ?? false,
-            HiddenAct = ParseActivation(Text(json, "hidden_act") ?? "silu", file),
-            MaxPositionEmbeddings = (int?)json["max_position_embeddings"] ?? 2048,
-            InitializerRange = (double?)json["initializer_range"] ?? 0.02,
-            BosTokenId = (int?)json["bos_token_id"],
-            EosTokenIds = json["eos_token_id"] switch
-            {
-                null => [],
-                JsonArray many => [.. many.Select(n => (int)n!)],
-                var one => [(int)one],
-            },
-        }.Validated($"'{file}'");
-    }
-
-    private static Activation ParseActivation(string name, string file) => name switch
-    {
-        "silu" or "swish" => Activation.Silu,
-        "gelu_pytorch_tanh" => Activation.GeluTanh,
-        _ => throw new NotSupportedException($"'{file}': hidden_act '{name}' is not supported; silu and gelu_pytorch_tanh are."),
-    };
-
-    private static string? Text(JsonObject json, string name) => (string?)json[name];
-
-    private static int Required(JsonObject json, string name, string file) =>
-        (int?)json[name] ?? throw new InvalidDataException($"'{file}' lacks {name}.");
-
-    private DecoderConfig Validated(string source)
+    internal DecoderConfig Validated(string source)
     {
         (string Name, int Value)[] sizes = [("vocab_size", VocabSize), ("hidden_size", HiddenSize), ("intermediate_size", IntermediateSize),
             ("num_hidden_layers", NumHiddenLayers), ("num_attention_heads", NumAttentionHeads), ("num_key_value_heads", NumKeyValueHeads), ("head_dim", HeadDim)];
         foreach (var (name, value) in sizes)
-            if (value <= 0) throw new InvalidDataException($"{source}: {name} is {value}; it must be positive.");
-        if (NumAttentionHeads % NumKeyValueHeads != 0) throw new InvalidDataException($"{source}: {NumKeyValueHeads} key/value heads do not divide {NumAttentionHeads} attention heads.");
-        if (HeadDim % 2 != 0) throw new InvalidDataException($"{source}: head_dim is {HeadDim}; rotary embedding needs an even one.");
-        if (RmsNormEps < 0 || RopeTheta <= 0) throw new InvalidDataException($"{source}: rms_norm_eps {RmsNormEps} and rope_theta {RopeTheta} must not be negative, the latter not zero.");
+            Check(value > 0, $"{name} is {value}; it must be positive");
+        Check(NumHiddenLayers <= MostLayers, $"num_hidden_layers is {NumHiddenLayers}; at most {MostLayers} are supported");
+        Check(NumAttentionHeads % NumKeyValueHeads == 0, $"{NumKeyValueHeads} key/value heads do not divide {NumAttentionHeads} attention heads");
+        Check(HeadDim % 2 == 0, $"head_dim is {HeadDim}; rotary embedding needs an even one");
+        Check(RmsNormEps >= 0 && RopeTheta > 0, $"rms_norm_eps {RmsNormEps} and rope_theta {RopeTheta} must not be negative, the latter not zero");
+        Check(SlidingWindow is null or > 0, $"sliding_window is {SlidingWindow}; it must be positive, or null");
+        Check(LayerTypes is null || LayerTypes.Count == NumHiddenLayers, $"layer_types has {LayerTypes?.Count} entries for {NumHiddenLayers} layers");
+        Check(LayerTypes?.Contains(LayerType.SlidingAttention) is not true || SlidingWindow is not null, "layer_types names sliding_attention, and there is no sliding_window");
+        Check(AttnLogitSoftcapping is null or > 0 && FinalLogitSoftcapping is null or > 0 && QueryPreAttnScalar is null or > 0,
+            $"attn_logit_softcapping {AttnLogitSoftcapping}, final_logit_softcapping {FinalLogitSoftcapping} and query_pre_attn_scalar {QueryPreAttnScalar} must be positive where they are given");
         return this;
+
+        void Check(bool holds, string fault)
+        {
+            if (!holds) throw new InvalidDataException($"{source}: {fault}.");
+        }
     }
 }

@@ -60,43 +60,70 @@ internal sealed class LayerRecord(Tensor input, RecomputePolicy policy) : IDispo
 }
 
 /// <summary>
-/// One decoder layer, y = r + MLP(norm₂(r)), r = x + W_o attention(norm₁(x)), as a forward/backward pair over rows of a packed batch.
+/// One decoder layer, y = r + MLP(norm(r)), r = x + W_o attention(norm(x)), as a forward/backward pair over rows of a packed batch.
+/// Gemma 2 has norms behind attention and MLP, too: r = x + norm(W_o attention(norm(x))), y = r + norm(MLP(norm(r))).
 /// </summary>
 /// <remarks>
 /// Everything but attention is row-wise and runs in mini-sequences; only q, k, v and attention's output exist for all rows at once.
-/// Backward recomputes from x. The MLP's output is never needed again, so each of its tiles goes forward and backward in one visit:
-/// the cost is that of plain recomputation. Weight gradients are added to <c>.grad</c>; the gradient of x replaces that of y in place.
+/// Backward recomputes from x. The MLP's output is never needed again (but for a norm behind it), so each of its tiles goes forward and backward
+/// in one visit: the cost is that of plain recomputation. Weight gradients are added to <c>.grad</c>; the gradient of x replaces that of y in place.
 /// </remarks>
 internal sealed class DecoderLayer : nn.Module
 {
-    private readonly RmsNorm _norm1;
-    private readonly RmsNorm _norm2;
+    private readonly RmsNorm _attentionNorm;
+    private readonly RmsNorm? _postAttentionNorm;
+    private readonly RmsNorm _mlpNorm;
+    private readonly RmsNorm? _postMlpNorm;
     private readonly Projection _q;
     private readonly Projection _k;
     private readonly Projection _v;
     private readonly Projection _o;
+    private readonly RmsNorm? _qNorm;
+    private readonly RmsNorm? _kNorm;
     private readonly GatedMlp _mlp;
     private readonly DecoderConfig _config;
+    private readonly int? _window;
 
-    public DecoderLayer(DecoderConfig config, ScalarType dtype, Device? device) : base(nameof(DecoderLayer))
+    public DecoderLayer(DecoderConfig config, int index, ScalarType dtype, Device? device) : base(nameof(DecoderLayer))
     {
-        _config = config;
+        (_config, _window) = (config, config.WindowOf(index));
         long d = config.HiddenSize, queries = (long)config.NumAttentionHeads * config.HeadDim, keys = (long)config.NumKeyValueHeads * config.HeadDim;
-        _norm1 = new RmsNorm(d, config.RmsNormEps, dtype, device);
-        _norm2 = new RmsNorm(d, config.RmsNormEps, dtype, device);
-        _q = new Projection(d, queries, config.AttentionBias, dtype, device);
-        _k = new Projection(d, keys, config.AttentionBias, dtype, device);
-        _v = new Projection(d, keys, config.AttentionBias, dtype, device);
-        _o = new Projection(queries, d, config.AttentionBias, dtype, device);
+        RmsNorm Norm(long width) => new(width, config.RmsNormEps, dtype, device, config.RmsNormUnitOffset);
+        _q = new Projection(d, queries, config.QkvBias, dtype, device);
+        _k = new Projection(d, keys, config.QkvBias, dtype, device);
+        _v = new Projection(d, keys, config.QkvBias, dtype, device);
+        _o = new Projection(queries, d, config.OutputBias, dtype, device);
         _mlp = new GatedMlp(d, config.IntermediateSize, config.HiddenAct, config.MlpBias, dtype: dtype, device: device);
-        register_module("self_attn", new ModuleGroup(("q_proj", _q), ("k_proj", _k), ("v_proj", _v), ("o_proj", _o)));
-        register_module("mlp", _mlp);
-        register_module("input_layernorm", _norm1);
-        register_module("post_attention_layernorm", _norm2);
+        (_attentionNorm, _mlpNorm) = (Norm(d), Norm(d));
+        if (config.QkNorm) (_qNorm, _kNorm) = (Norm(config.HeadDim), Norm(config.HeadDim));
+        if (config.PostNorms) (_postAttentionNorm, _postMlpNorm) = (Norm(d), Norm(d));
+        Register();
     }
 
-    /// <summary>Factor of Q Kᵀ.</summary>
-    public double AttentionScale => 1 / Math.Sqrt(_config.HeadDim);
+    // Under Hugging Face's names: with two norms post_attention_layernorm is the one before the MLP, with four the one behind attention.
+    private void Register()
+    {
+        var attention = new ModuleGroup(("q_proj", _q), ("k_proj", _k), ("v_proj", _v), ("o_proj", _o));
+        if (_qNorm is not null && _kNorm is not null)
+        {
+            attention.register_module("q_norm", _qNorm);
+            attention.register_module("k_norm", _kNorm);
+        }
+        register_module("self_attn", attention);
+        register_module("mlp", _mlp);
+        register_module("input_layernorm", _attentionNorm);
+        register_module("post_attention_layernorm", _postAttentionNorm ?? _mlpNorm);
+        if (_postMlpNorm is null) return;
+        register_module("pre_feedforward_layernorm", _mlpNorm);
+        register_module("post_feedforward_layernorm", _postMlpNorm);
+    }
+
+    /// <summary>Attention of a packed batch, as the layer has it.</summary>
+    public Attention.Result Attend(Tensor q, Tensor k, Tensor v, IReadOnlyList<long> lengths) =>
+        Attention.Forward(q, k, v, lengths, _config.AttentionScale, _window, _config.AttnLogitSoftcapping);
+
+    /// <summary>The same for new rows of one text against all of its rows.</summary>
+    public Tensor AttendWithCache(Tensor q, Tensor k, Tensor v) => Attention.WithCache(q, k, v, _config.AttentionScale, _window, _config.AttnLogitSoftcapping);
 
     /// <summary>y for x, both [rows, d]; records no graph.</summary>
     /// <param name="x">Left as it is, unless <paramref name="inPlace"/>.</param>
@@ -122,8 +149,8 @@ internal sealed class DecoderLayer : nn.Module
             Tensor At(Tensor t) => t.narrow(0, start, count);
             var r = AfterAttention(At(x), At(attention));
             if (record?.Residual is { } kept) At(kept).copy_(r);
-            var mlp = _mlp.ForwardChunk(_norm2.forward(r), record?.Mlp is var (gate, up) ? (At(gate), At(up)) : null);
-            At(y).copy_(mlp.add_(r));
+            var mlp = _mlp.ForwardChunk(_mlpNorm.forward(r), record?.Mlp is var (gate, up) ? (At(gate), At(up)) : null);
+            At(y).copy_(Through(_postMlpNorm, mlp).add_(r));
         });
         return inPlace ? x : y.MoveToOuterDisposeScope();
     }
@@ -140,9 +167,9 @@ internal sealed class DecoderLayer : nn.Module
         using (NewDisposeScope())
         {
             var (q, k, v) = record.Heads ?? QueryKeyValue(record.Input, rows);
-            var attention = record.Attention ?? Attention.Forward(q, k, v, lengths, AttentionScale);
+            var attention = record.Attention ?? Attend(q, k, v, lengths);
             var dOutput = BackwardAfterAttention(record, gradient, attention.Output, rows);
-            (dq, dk, dv) = Attention.Backward(dOutput, q, k, v, attention, lengths, AttentionScale);
+            (dq, dk, dv) = Attention.Backward(dOutput, q, k, v, attention, lengths, _config.AttentionScale, _window, _config.AttnLogitSoftcapping);
             foreach (var t in new[] { dq, dk, dv }) t.MoveToOuterDisposeScope();
         }
         BackwardBeforeAttention(record.Input, gradient, dq, dk, dv, rows);
@@ -153,16 +180,16 @@ internal sealed class DecoderLayer : nn.Module
     {
         using var scope = NewDisposeScope();
         var (cos, sin) = rotary.Rows(arange(x.size(1), ScalarType.Int64, x.device), x.size(1));
-        var h = _norm1.call(x);
-        var q = RotaryEmbedding.Rotate(Heads(_q.call(h)), cos, sin).transpose(1, 2);
-        var k = RotaryEmbedding.Rotate(Heads(_k.call(h)), cos, sin).transpose(1, 2);
+        var h = _attentionNorm.call(x);
+        var q = RotaryEmbedding.Rotate(Through(_qNorm, Heads(_q.call(h))), cos, sin).transpose(1, 2);
+        var k = RotaryEmbedding.Rotate(Through(_kNorm, Heads(_k.call(h))), cos, sin).transpose(1, 2);
         var v = Heads(_v.call(h)).transpose(1, 2);
-        var attention = Attention.Plain(q, k, v, AttentionScale).transpose(1, 2).flatten(2);
-        var r = x + _o.call(attention);
-        var n = _norm2.call(r);
+        var attention = Attention.Plain(q, k, v, _config.AttentionScale, _window, _config.AttnLogitSoftcapping).transpose(1, 2).flatten(2);
+        var r = x + Through(_postAttentionNorm, _o.call(attention));
+        var n = _mlpNorm.call(r);
         var gate = _mlp.GateProj.call(n);
         var act = _config.HiddenAct == Activation.Silu ? nn.functional.silu(gate) : nn.functional.gelu(gate, TorchSharp.Modules.GELU.Approximate.tanh);
-        return (r + _mlp.DownProj.call(act * _mlp.UpProj.call(n))).MoveToOuterDisposeScope();
+        return (r + Through(_postMlpNorm, _mlp.DownProj.call(act * _mlp.UpProj.call(n)))).MoveToOuterDisposeScope();
     }
 
     // norm → q, k, v → rotary, a mini-sequence at a time.
@@ -172,17 +199,17 @@ internal sealed class DecoderLayer : nn.Module
         var (q, k, v) = (All(_config.NumAttentionHeads), All(_config.NumKeyValueHeads), All(_config.NumKeyValueHeads));
         Chunking.ForEach(x.size(0), rows.ChunkRows, (start, count) =>
         {
-            var h = _norm1.forward(x.narrow(0, start, count));
+            var h = _attentionNorm.forward(x.narrow(0, start, count));
             var (cos, sin) = rows.Rotary.Rows(rows.Positions.narrow(0, start, count), rows.MaxLength);
             var (qc, kc) = (q.narrow(0, start, count), k.narrow(0, start, count));
-            RotaryEmbedding.Rotate_(qc.copy_(Heads(_q.forward(h))), cos, sin);
-            RotaryEmbedding.Rotate_(kc.copy_(Heads(_k.forward(h))), cos, sin);
+            RotaryEmbedding.Rotate_(qc.copy_(Through(_qNorm, Heads(_q.forward(h)))), cos, sin);
+            RotaryEmbedding.Rotate_(kc.copy_(Through(_kNorm, Heads(_k.forward(h)))), cos, sin);
             v.narrow(0, start, count).copy_(Heads(_v.forward(h)));
         });
         return (q, k, v);
     }
 
-    private Tensor AfterAttention(Tensor x, Tensor attention) => _o.forward(attention).add_(x);
+    private Tensor AfterAttention(Tensor x, Tensor attention) => Through(_postAttentionNorm, _o.forward(attention)).add_(x);
 
     // dy → dr in place, and the gradient of attention's output.
     private Tensor BackwardAfterAttention(LayerRecord record, Tensor gradient, Tensor output, RowContext rows)
@@ -194,12 +221,24 @@ internal sealed class DecoderLayer : nn.Module
             Tensor At(Tensor t) => t.narrow(0, start, count);
             var (a, dr) = (At(attention), At(gradient));
             var r = record.Residual is { } kept ? At(kept) : AfterAttention(At(record.Input), a);
-            var mlp = _mlp.BackwardChunk(_norm2.forward(r), dr, record.Mlp is var (gate, up) ? (At(gate), At(up)) : null)!;
-            dr.add_(_norm2.Backward(r, mlp)); // dr = dy + the way through the MLP
-            _o.AccumulateGradients(a, dr);
-            At(dAttention).copy_(_o.InputGradient(dr));
+            dr.add_(BackwardMlp(r, dr, record.Mlp is var (gate, up) ? (At(gate), At(up)) : null)); // dr = dy + the way through the MLP
+            var dProjected = _postAttentionNorm?.Backward(_o.forward(a), dr) ?? dr;
+            _o.AccumulateGradients(a, dProjected);
+            At(dAttention).copy_(_o.InputGradient(dProjected));
         });
         return dOutput;
+    }
+
+    // The gradient of r through norm → MLP → norm, of one mini-sequence.
+    private Tensor BackwardMlp(Tensor r, Tensor dy, (Tensor Gate, Tensor Up)? kept)
+    {
+        var n = _mlpNorm.forward(r);
+        if (_postMlpNorm is not null)
+        {
+            kept ??= (_mlp.GateProj.forward(n), _mlp.UpProj.forward(n));
+            dy = _postMlpNorm.Backward(_mlp.OutputChunk(kept.Value.Gate, kept.Value.Up), dy);
+        }
+        return _mlpNorm.Backward(r, _mlp.BackwardChunk(n, dy, kept)!);
     }
 
     // dr → dx in place, from the gradients of q, k and v.
@@ -207,21 +246,23 @@ internal sealed class DecoderLayer : nn.Module
         Chunking.ForEach(x.size(0), rows.ChunkRows, (start, count) =>
         {
             var xc = x.narrow(0, start, count);
-            var h = _norm1.forward(xc);
+            var h = _attentionNorm.forward(xc);
             var (cos, sin) = rows.Rotary.Rows(rows.Positions.narrow(0, start, count), rows.MaxLength);
             sin.neg_(); // the gradient of a rotation turns back
-            RotaryEmbedding.Rotate_(dq.narrow(0, start, count), cos, sin);
-            RotaryEmbedding.Rotate_(dk.narrow(0, start, count), cos, sin);
             Tensor? dh = null;
-            foreach (var (projection, all) in new[] { (_q, dq), (_k, dk), (_v, dv) })
+            foreach (var (projection, norm, all) in new[] { (_q, _qNorm, dq), (_k, _kNorm, dk), (_v, null, dv) })
             {
-                var d = all.narrow(0, start, count).flatten(1);
+                var d = all.narrow(0, start, count);
+                if (!ReferenceEquals(all, dv)) RotaryEmbedding.Rotate_(d, cos, sin);
+                d = (norm?.Backward(Heads(projection.forward(h)), d) ?? d).flatten(1);
                 projection.AccumulateGradients(h, d);
                 if (dh is null) dh = projection.InputGradient(d);
                 else projection.AddInputGradient(dh, d);
             }
-            gradient.narrow(0, start, count).add_(_norm1.Backward(xc, dh!));
+            gradient.narrow(0, start, count).add_(_attentionNorm.Backward(xc, dh!));
         });
+
+    private static Tensor Through(RmsNorm? norm, Tensor x) => norm?.forward(x) ?? x;
 
     private Tensor Heads(Tensor t) => t.view([.. t.shape[..^1], -1, _config.HeadDim]);
 }

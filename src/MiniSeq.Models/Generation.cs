@@ -80,17 +80,17 @@ public static class Generation
         using var positions = tensor((long[])[.. tokens.Zip(caches).SelectMany(p => Enumerable.Range(p.Second.Length, p.First.Length).Select(i => (long)i))], device: model.Device);
         var rows = new RowContext(positions, caches.Zip(tokens).Max(p => p.First.Length + p.Second.Length), model.Rotary,
             Chunking.Rows(Chunking.Auto, batch.RowCount, model.Config.IntermediateSize, model.DType));
-        var x = model.Embedding.forward(batch.InputIds);
+        var x = model.Embed(batch.InputIds);
         for (int l = 0; l < model.Layers.Count; l++)
         {
             var layer = model.Layers[l];
             int at = l;
-            layer.Forward(x, rows, (q, k, v) => KeyValueCache.Attend(caches, at, q, k, v, batch.Lengths, layer.AttentionScale), inPlace: true);
+            layer.Forward(x, rows, (q, k, v) => KeyValueCache.Attend(caches, at, layer, q, k, v, batch.Lengths), inPlace: true);
         }
         foreach (var (cache, added) in caches.Zip(tokens)) cache.Length += added.Length;
         long end = 0;
         long[] last = [.. batch.Lengths.Select(n => (end += n) - 1)];
-        var z = model.Head.forward(model.Norm.forward(x.index_select(0, tensor(last, device: model.Device))));
+        var z = model.Logits(x.index_select(0, tensor(last, device: model.Device)));
         return z.to(Gradients.AccumulationType(z.dtype));
     }
 
@@ -135,7 +135,7 @@ public static class Generation
         public int Length { get; set; }
 
         /// <summary>Adds the new keys and values of every text and lets its queries see all of its own.</summary>
-        public static Tensor Attend(IReadOnlyList<KeyValueCache> caches, int layer, Tensor q, Tensor k, Tensor v, IReadOnlyList<long> lengths, double scale)
+        public static Tensor Attend(IReadOnlyList<KeyValueCache> caches, int index, DecoderLayer layer, Tensor q, Tensor k, Tensor v, IReadOnlyList<long> lengths)
         {
             var output = empty_like(q);
             long start = 0;
@@ -143,11 +143,11 @@ public static class Generation
             {
                 using var scope = NewDisposeScope();
                 long n = lengths[i];
-                Tensor keys = caches[i]._keys[layer], values = caches[i]._values[layer];
+                Tensor keys = caches[i]._keys[index], values = caches[i]._values[index];
                 keys.narrow(0, caches[i].Length, n).copy_(k.narrow(0, start, n));
                 values.narrow(0, caches[i].Length, n).copy_(v.narrow(0, start, n));
                 long seen = caches[i].Length + n;
-                output.narrow(0, start, n).copy_(Attention.WithCache(q.narrow(0, start, n), keys.narrow(0, 0, seen), values.narrow(0, 0, seen), scale));
+                output.narrow(0, start, n).copy_(layer.AttendWithCache(q.narrow(0, start, n), keys.narrow(0, 0, seen), values.narrow(0, 0, seen)));
                 start += n;
             }
             return output;

@@ -30,7 +30,7 @@ public sealed record ComputeOptions(int ChunkSize = Chunking.Auto, RecomputePoli
 /// <summary>The memory of one training step as a formula of its shape, and what each layer keeps under it.</summary>
 public sealed class MemoryPlan
 {
-    private const long AttentionScratchBytes = 2 << 20; // buffers of the flash kernel's threads, measured
+    private const long FlashScratchBytes = 2 << 20; // buffers of the flash kernel's threads, measured
     private const int MlpIntermediates = 5;             // gate, up and three of their gradients at once
 
     private readonly DecoderConfig _config;
@@ -91,6 +91,11 @@ public sealed class MemoryPlan
     private long HeadChunkBytes => LogitRows * _config.VocabSize * _element;
 
     private long MlpChunkBytes => MlpIntermediates * ChunkRows * _config.IntermediateSize * _element;
+
+    // Scores of a tile and their gradients, where attention has a window or a cap; the keys' and values' gradients are float32 there.
+    private long AttentionScratchBytes => _config.SlidingWindow is null && _config.AttnLogitSoftcapping is null
+        ? FlashScratchBytes
+        : (4L * _config.NumAttentionHeads * Math.Min(_rows, 256) * Math.Min(_rows, 512) * sizeof(float)) + (KeysValues / _element * sizeof(float));
 
     // Upgrades layers one by one, the last first, while the peak stays within the budget.
     private void Fill(long budget)

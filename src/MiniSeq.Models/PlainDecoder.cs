@@ -16,14 +16,14 @@ public static class PlainDecoder
     public static Tensor Logits(CausalLM model, Tensor ids, bool recompute = false)
     {
         using var scope = NewDisposeScope();
-        var x = model.Embedding.call(ids);
+        var x = model.Embed(ids);
         foreach (var layer in model.Layers)
         {
             var next = recompute ? Recompute.Run(t => layer.Plain(t, model.Rotary), x) : layer.Plain(x, model.Rotary);
             x.Dispose(); // the graph keeps what it needs
             x = next;
         }
-        return model.Head.call(model.Norm.call(x)).MoveToOuterDisposeScope();
+        return model.Logits(x).MoveToOuterDisposeScope();
     }
 
     /// <summary>Σ cross entropy of logits[t] against labels[t + 1], a scalar with a graph.</summary>

@@ -22,7 +22,8 @@ let private config (c: DecoderCase) =
         HeadDim = 2 * c.HalfHeadDim,
         RmsNormEps = 1e-2, // a hidden state near zero would blow up every rounding
         TieWordEmbeddings = c.Tied,
-        AttentionBias = c.AttentionBias,
+        QkvBias = c.AttentionBias,
+        OutputBias = c.AttentionBias,
         MlpBias = c.MlpBias,
         HiddenAct = if c.Gelu then Activation.GeluTanh else Activation.Silu
     )

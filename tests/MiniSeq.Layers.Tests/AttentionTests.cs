@@ -47,7 +47,7 @@ public sealed class AttentionTests
         Close(dv, v.grad, 1e-12);
 
         // The form for devices without the kernel: no log-sum-exp is kept and a graph gives the gradients.
-        var (gq, gk, gv) = Attention.Backward(upstream, q.detach(), k.detach(), v.detach(), got with { LogSumExp = [] }, lengths, 0.3);
+        var (gq, gk, gv) = Attention.Backward(upstream, q.detach(), k.detach(), v.detach(), got with { LogSumExp = [.. lengths.Select(_ => (Tensor?)null)] }, lengths, 0.3);
         Close(gq, q.grad, 1e-12);
         Close(gk, k.grad, 1e-12);
         Close(gv, v.grad, 1e-12);

@@ -13,6 +13,10 @@ public sealed class CheckpointTests
     [InlineData("llama2", 7)]
     [InlineData("llama3", 64)]
     [InlineData("llama3", 0)]
+    [InlineData("llama3_1", 7)]
+    [InlineData("mistral", 7)]
+    [InlineData("qwen2", 7)]
+    [InlineData("gemma2", 7)]
     public void LogitsLossAndEveryGradientAreHuggingFaces(string name, int chunk)
     {
         using var scope = NewDisposeScope();
@@ -70,7 +74,7 @@ public sealed class CheckpointTests
 
     [Theory]
     [InlineData("\"model_type\": \"falcon_mamba\"", "falcon_mamba")]
-    [InlineData("\"rope_scaling\": {\"factor\": 8}", "rope_scaling")]
+    [InlineData("\"rope_scaling\": {\"rope_type\": \"longrope\"}", "longrope")]
     [InlineData("\"quantization_config\": {}", "quantization_config")]
     [InlineData("\"hidden_act\": \"relu\"", "relu")]
     [InlineData("\"num_key_value_heads\": 2", "do not divide")]
