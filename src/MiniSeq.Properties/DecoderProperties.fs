@@ -11,7 +11,34 @@ open MiniSeq.Models
 open MiniSeq.Properties.Generators
 open MiniSeq.Properties.Forms
 
+let private given condition (value: 'T) =
+    if condition then
+        System.Nullable value
+    else
+        System.Nullable()
+
+let private ropeScaling: int -> RopeScaling | null =
+    function
+    | 1 -> LinearRopeScaling 4.0
+    | 2 -> Llama3RopeScaling(8.0, 1.0, 4.0, 16)
+    | 3 -> YarnRopeScaling(4.0, 8)
+    | _ -> null
+
 let private config (c: DecoderCase) =
+    let extras = c.Extras
+
+    let layerTypes: LayerType array | null =
+        if extras.Window = 0 then
+            null
+        else
+            [|
+                for layer in 1 .. c.Layers ->
+                    if extras.Alternate && layer % 2 = 0 then
+                        LayerType.FullAttention
+                    else
+                        LayerType.SlidingAttention
+            |]
+
     DecoderConfig(
         VocabSize = c.Vocabulary,
         HiddenSize = c.Hidden,
@@ -25,7 +52,16 @@ let private config (c: DecoderCase) =
         QkvBias = c.AttentionBias,
         OutputBias = c.AttentionBias,
         MlpBias = c.MlpBias,
-        HiddenAct = if c.Gelu then Activation.GeluTanh else Activation.Silu
+        HiddenAct = (if c.Gelu then Activation.GeluTanh else Activation.Silu),
+        QkNorm = extras.QkNorm,
+        PostNorms = extras.PostNorms,
+        RmsNormUnitOffset = extras.UnitOffset,
+        ScaleEmbeddings = extras.ScaleEmbeddings,
+        AttnLogitSoftcapping = given extras.CappedScores 2.0,
+        FinalLogitSoftcapping = given extras.CappedLogits 3.0,
+        SlidingWindow = given (extras.Window > 0) extras.Window,
+        LayerTypes = layerTypes,
+        RopeScaling = ropeScaling extras.RopeScaling
     )
 
 let private ignored = LinearCrossEntropy.IgnoreIndex

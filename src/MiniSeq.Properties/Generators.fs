@@ -52,6 +52,8 @@ type HeadCase =
         Vocabulary: int
         Labels: Labels
         Bias: bool
+        /// Whether logits are capped.
+        Capped: bool
         Frozen: string list
         /// The gradient that arrives at the loss.
         Upstream: float
@@ -65,11 +67,33 @@ type AttentionCase =
         HeadDim: int
         Lengths: int list
         Scale: float
+        /// Tokens that a token sees; 0 is all before it.
+        Window: int
+        /// Whether scores are capped.
+        Capped: bool
+        /// Rows of a tile of scores, and its columns.
+        Tile: int * int
         Precision: Precision
         Seed: int
     }
 
 type Document = { Tokens: int; Labels: Labels }
+
+type Extras =
+    {
+        QkNorm: bool
+        PostNorms: bool
+        UnitOffset: bool
+        ScaleEmbeddings: bool
+        CappedScores: bool
+        CappedLogits: bool
+        /// Tokens that a token sees; 0 is all before it.
+        Window: int
+        /// Every other layer sees everything.
+        Alternate: bool
+        /// None, linear, Llama 3.1's, YaRN.
+        RopeScaling: int
+    }
 
 type DecoderCase =
     {
@@ -84,6 +108,8 @@ type DecoderCase =
         AttentionBias: bool
         MlpBias: bool
         Gelu: bool
+        /// What Gemma 2 and Qwen3 have and Llama has not.
+        Extras: Extras
         Documents: Document list
         Frozen: string list
         Chunk: int
@@ -223,6 +249,7 @@ let private head =
         let! rows, vocabulary = rowsAndWidth 17
         let! labels = labels
         let! bias = flag
+        let! capped = flag
         let! frozen = sublist headNames
         let! upstream = Gen.elements [ 1.0; -0.5; 0.01; 7.0; 0.0 ]
 
@@ -232,10 +259,14 @@ let private head =
                 Vocabulary = vocabulary
                 Labels = labels
                 Bias = bias
+                Capped = capped
                 Frozen = frozen
                 Upstream = upstream
             }
     }
+
+/// None, or a few tokens, of which some are more than there are.
+let private window = Gen.frequency [ 1, Gen.constant 0; 2, Gen.choose (1, 14) ]
 
 let private attention =
     gen {
@@ -248,6 +279,9 @@ let private attention =
             Gen.listOfLength documents (Gen.frequency [ 9, Gen.choose (1, 12); 1, Gen.choose (30, 80) ])
 
         let! scale = Gen.elements [ 1.0; 0.3; 0.1 ]
+        let! window = window
+        let! capped = flag
+        let! tile = Gen.zip (Gen.choose (1, 20)) (Gen.choose (1, 20))
         let! precision = Gen.elements [ Float64; Float32 ]
         let! seed = seed
 
@@ -258,6 +292,9 @@ let private attention =
                 HeadDim = headDim
                 Lengths = lengths
                 Scale = scale
+                Window = window
+                Capped = capped
+                Tile = tile
                 Precision = precision
                 Seed = seed
             }
@@ -273,6 +310,9 @@ let private decoderNames =
         "o_proj"
         "bias"
         "post_attention_layernorm"
+        "q_norm"
+        "pre_feedforward_layernorm"
+        "post_feedforward_layernorm"
         "gate_proj"
         "up_proj"
         "down_proj"
@@ -280,6 +320,45 @@ let private decoderNames =
         "model.norm"
         "lm_head"
     ]
+
+let private extras =
+    gen {
+        let! qkNorm = flag
+        let! postNorms = flag
+        let! unitOffset = flag
+        let! scaleEmbeddings = flag
+        let! cappedScores = flag
+        let! cappedLogits = flag
+        let! window = window
+        let! alternate = flag
+        let! ropeScaling = Gen.choose (0, 3)
+
+        return
+            {
+                QkNorm = qkNorm
+                PostNorms = postNorms
+                UnitOffset = unitOffset
+                ScaleEmbeddings = scaleEmbeddings
+                CappedScores = cappedScores
+                CappedLogits = cappedLogits
+                Window = window
+                Alternate = alternate
+                RopeScaling = ropeScaling
+            }
+    }
+
+let private noExtras =
+    {
+        QkNorm = false
+        PostNorms = false
+        UnitOffset = false
+        ScaleEmbeddings = false
+        CappedScores = false
+        CappedLogits = false
+        Window = 0
+        Alternate = false
+        RopeScaling = 0
+    }
 
 let private document =
     Gen.map2 (fun n l -> { Tokens = n; Labels = l }) (Gen.choose (1, 12)) labels
@@ -297,6 +376,7 @@ let private decoder =
         let! attentionBias = flag
         let! mlpBias = flag
         let! gelu = flag
+        let! extras = Gen.frequency [ 1, Gen.constant noExtras; 2, extras ]
         let! documents = Gen.choose (1, 4)
         let! documents = Gen.listOfLength documents document
         let! frozen = sublist decoderNames
@@ -311,7 +391,13 @@ let private decoder =
                     RecomputePolicy.Auto
                 ]
 
-        let! precision = precision
+        // A norm over next to nothing makes a rounding of bfloat16 a change of sign: with these two more, the plain form is as far off.
+        let! precision =
+            if extras.QkNorm || extras.PostNorms then
+                Gen.elements [ Float64; Float32 ]
+            else
+                precision
+
         let! seed = seed
 
         return
@@ -327,6 +413,7 @@ let private decoder =
                 AttentionBias = attentionBias
                 MlpBias = mlpBias
                 Gelu = gelu
+                Extras = extras
                 Documents = documents
                 Frozen = frozen
                 Chunk = chunk
@@ -352,6 +439,9 @@ let private validDecoder (c: DecoderCase) =
     && not c.Documents.IsEmpty
     && c.Chunk >= 0
     && c.Seed >= 0
+    && c.Extras.Window >= 0
+    && List.contains c.Extras.RopeScaling [ 0..3 ]
+    && (c.Precision <> BFloat16 || not (c.Extras.QkNorm || c.Extras.PostNorms))
     && known decoderNames c.Frozen
 
 let private step =
@@ -423,6 +513,9 @@ type Cases =
         attention
         |> shrinking (fun c ->
             not c.Lengths.IsEmpty
+            && c.Window >= 0
+            && fst c.Tile > 0
+            && snd c.Tile > 0
             && List.forall (fun n -> n > 0) (c.KvHeads :: c.Groups :: c.HeadDim :: c.Lengths))
 
     static member Decoder() = decoder |> shrinking validDecoder

@@ -168,6 +168,9 @@ let ``a wrapped dropout draws the same mask again`` (rows: Rows) =
 let private headOf (c: HeadCase) (dtype: torch.ScalarType) =
     new Projection(c.Rows.Hidden, c.Vocabulary, c.Bias, dtype)
 
+let private softcap (c: HeadCase) =
+    if c.Capped then System.Nullable 2.0 else System.Nullable()
+
 let private labels (c: HeadCase) =
     (labelsOf c.Rows.Seed (c.Rows.Batch * c.Rows.Length) c.Vocabulary c.Labels).view(c.Rows.Batch, c.Rows.Length)
 
@@ -179,12 +182,20 @@ let private chunkedLoss c (chunk: int) dtype =
 
     {
         Module = head
-        Call = fun x -> LinearCrossEntropy.Loss(x, head, labels c, chunk).LossSum
+        Call = fun x -> LinearCrossEntropy.Loss(x, head, labels c, chunk, softcap c).LossSum
     }
 
 let private plainLoss c dtype =
     let head = headOf c dtype
-    let logits (x: Tensor) = head.call(x).view(-1, c.Vocabulary)
+
+    let capped (z: Tensor) =
+        if c.Capped then
+            z.div((2.0).ToScalar()).tanh().mul((2.0).ToScalar())
+        else
+            z
+
+    let logits (x: Tensor) =
+        (capped (head.call x)).view(-1, c.Vocabulary)
 
     {
         Module = head
@@ -198,7 +209,7 @@ let private lossInParts c (chunk: int) dtype =
     let loss (x: Tensor) =
         [
             for i in 0L .. int64 c.Rows.Batch - 1L ->
-                LinearCrossEntropy.Loss(x.select (0, i), head, (labels c).select(0, i), chunk).LossSum
+                LinearCrossEntropy.Loss(x.select (0, i), head, (labels c).select(0, i), chunk, softcap c).LossSum
         ]
         |> List.reduce (fun a b -> a + b)
 
@@ -288,7 +299,7 @@ let ``memory of a chunked loss does not grow with rows times vocabulary`` () =
 // Norm and attention against their written form.
 
 [<Property>]
-let ``a norm and its chunked backward equal the written form`` (rows: Rows) =
+let ``a norm and its chunked backward equal the written form`` (rows: Rows) (unitOffset: bool) =
     let rows =
         { rows with
             Transposed = false
@@ -296,12 +307,12 @@ let ``a norm and its chunked backward equal the written form`` (rows: Rows) =
         }
 
     inScope (fun () ->
-        use norm = new RmsNorm(rows.Hidden, 1e-3, dtype rows.Precision)
+        use norm = new RmsNorm(rows.Hidden, 1e-3, dtype rows.Precision, null, unitOffset)
         prepare rows.Seed [] norm
         let x = (inputOf rows).flatten(0L, 1L)
 
         let written dtype =
-            use plain = new RmsNorm(rows.Hidden, 1e-3, dtype)
+            use plain = new RmsNorm(rows.Hidden, 1e-3, dtype, null, unitOffset)
             copy norm plain
 
             let rms (x: Tensor) =
@@ -310,7 +321,13 @@ let ``a norm and its chunked backward equal the written form`` (rows: Rows) =
             let form =
                 {
                     Module = plain
-                    Call = fun x -> x / rms x * plain.Weight
+                    Call =
+                        fun x ->
+                            x / rms x
+                            * (if unitOffset then
+                                   plain.Weight + (1.0).ToScalar()
+                               else
+                                   plain.Weight)
                 }
 
             run form rows (x.to_type dtype) (drawn rows)
@@ -335,7 +352,7 @@ let ``a norm and its chunked backward equal the written form`` (rows: Rows) =
 
         agreeWithTruth rows.Precision ([ "output", Some y; "input gradient", Some dx ] @ gradientsOf norm) truth)
 
-/// softmax(scale · Q Kᵀ + mask) V, in which a row sees the rows before it in its own document.
+/// softmax(cap(scale · Q Kᵀ) + mask) V, in which a row sees the rows before it, as far as its window, in its own document.
 let private writtenAttention (c: AttentionCase) (q: Tensor) (k: Tensor) (v: Tensor) =
     let heads (t: Tensor) : Tensor =
         t.repeat_interleave(int64 c.Groups, dim = 1L).transpose(0, 1)
@@ -348,17 +365,29 @@ let private writtenAttention (c: AttentionCase) (q: Tensor) (k: Tensor) (v: Tens
             |]
 
     let unseen = document.unsqueeze(1).ne(document.unsqueeze 0)
+    let all = torch.ones ([| document.size 0; document.size 0 |], dtype = torch.bool)
+    let future = all.triu 1
 
-    let future =
-        torch.ones([| document.size 0; document.size 0 |], dtype = torch.bool).triu 1
+    let past =
+        if c.Window = 0 then
+            torch.zeros_like all
+        else
+            all.tril -c.Window
 
     let scores =
         q.transpose(0, 1).matmul((heads k).transpose(1, 2)).mul(c.Scale.ToScalar())
 
-    scores.masked_fill(unseen.logical_or future, (-infinity).ToScalar()).softmax(-1).matmul(heads v).transpose(0, 1)
+    let scores =
+        if c.Capped then
+            scores.div((2.0).ToScalar()).tanh().mul((2.0).ToScalar())
+        else
+            scores
 
-[<Property>]
-let ``attention of packed documents equals the written form`` (c: AttentionCase) =
+    let hidden = unseen.logical_or(future).logical_or past
+    scores.masked_fill(hidden, (-infinity).ToScalar()).softmax(-1).matmul(heads v).transpose(0, 1)
+
+/// A form of attention, given q, k, v and dy, against the written one: its output, dq, dk and dv.
+let private equalsWrittenAttention (c: AttentionCase) form =
     inScope (fun () ->
         torch.random.manual_seed (int64 c.Seed) |> ignore
         let rows = List.sum c.Lengths
@@ -368,21 +397,53 @@ let ``attention of packed documents equals the written form`` (c: AttentionCase)
 
         let heads = c.KvHeads * c.Groups
         let q, k, v, dy = draw heads, draw c.KvHeads, draw c.KvHeads, draw heads
-        let lengths = [| for n in c.Lengths -> int64 n |]
         let leaves = [ for t in [ q; k; v ] -> t.detach().requires_grad_() ]
         let y = writtenAttention c leaves[0] leaves[1] leaves[2]
         torch.autograd.backward ([| y |], [| dy |])
 
-        let outcome (y: Tensor) gradients =
-            List.zip [ "output"; "dq"; "dk"; "dv" ] (Some(y.detach ()) :: gradients)
-
-        let forward = Attention.Forward(q, k, v, lengths, c.Scale)
-        let struct (dq, dk, dv) = Attention.Backward(dy, q, k, v, forward, lengths, c.Scale)
+        let outcome tensors =
+            List.zip [ "output"; "dq"; "dk"; "dv" ] tensors
 
         agree
             c.Precision
-            (outcome forward.Output [ Some dq; Some dk; Some dv ])
-            (outcome y [ for t in leaves -> gradient t ]))
+            (form q k v dy |> List.map Some |> outcome)
+            (outcome (Some(y.detach ()) :: [ for t in leaves -> gradient t ])))
+
+let private window (c: AttentionCase) =
+    if c.Window = 0 then
+        System.Nullable()
+    else
+        System.Nullable(int64 c.Window)
+
+let private cap (c: AttentionCase) =
+    if c.Capped then System.Nullable 2.0 else System.Nullable()
+
+[<Property>]
+let ``attention of packed documents equals the written form`` (c: AttentionCase) =
+    let lengths = [| for n in c.Lengths -> int64 n |]
+
+    equalsWrittenAttention c (fun q k v dy ->
+        let forward = Attention.Forward(q, k, v, lengths, c.Scale, window c, cap c)
+
+        let struct (dq, dk, dv) =
+            Attention.Backward(dy, q, k, v, forward, lengths, c.Scale, window c, cap c)
+
+        [ forward.Output; dq; dk; dv ])
+
+[<Property>]
+let ``attention in tiles equals the written form`` (c: AttentionCase) =
+    let c =
+        { c with
+            Lengths = [ List.sum c.Lengths ]
+        }
+
+    equalsWrittenAttention c (fun q k v dy ->
+        let tiled =
+            TiledAttention(c.Scale, window c, cap c, int64 (fst c.Tile), int64 (snd c.Tile))
+
+        let struct (y, lse) = tiled.Forward(q, k, v)
+        let struct (dq, dk, dv) = tiled.Backward(dy, q, k, v, y, lse)
+        [ y; dq; dk; dv ])
 
 // Recomputation.
 
