@@ -112,15 +112,21 @@ public sealed class ChatTemplate
         return EncodeText(content, first: true);
     }
 
-    // The answer begins with the first token that is not the template's own: where one reaches across, it is learned.
+    // The answer begins with the token that holds its first byte: one that reaches across from the template's own text is learned.
     private void AddSection(string text, string answer, List<int> ids, List<bool> masks)
     {
         var section = EncodeText(text + answer, first: ids.Count == 0);
-        var own = answer.Length == 0 ? section : EncodeText(text, first: ids.Count == 0);
-        int begin = own.Zip(section).TakeWhile(pair => pair.First == pair.Second).Count();
+        int begin = section.Count;
+        if (answer.Length > 0)
+        {
+            int bytes = EncodeText(text, first: ids.Count == 0).Sum(Size);
+            begin = section.TakeWhile(id => (bytes -= Size(id)) >= 0).Count();
+        }
         ids.AddRange(section);
-        masks.AddRange(Enumerable.Range(0, section.Count).Select(i => i >= begin));
+        masks.AddRange(section.Select((_, i) => i >= begin));
     }
+
+    private int Size(int id) => Tokenizer.Bytes(id, skipSpecialTokens: false).Length;
 
     private List<int> EncodeText(string text, bool first)
     {
