@@ -33,7 +33,7 @@ public sealed record ChatTokens(int[] InputIds, bool[] AssistantMasks);
 /// <summary>Writes dialogues the way a family of models was trained to read them.</summary>
 /// <remarks>
 /// The tokens are those of the rendered text, save that special tokens come from the template alone: <c>&lt;|eot_id|&gt;</c> typed in a
-/// message is ordinary text. Llama 3, Gemma and Llama 2 take the white space around a message away; Mistral around an answer. May be used
+/// message is ordinary text. Added tokens that the tokenizer does not call special, such as Qwen's <c>&lt;think&gt;</c>, stay tokens. Llama 3, Gemma and Llama 2 take the white space around a message away; Mistral around an answer. May be used
 /// from several threads.
 /// </remarks>
 public sealed class ChatTemplate
