@@ -7,7 +7,7 @@ namespace MiniSeq.MLNet;
 /// <summary>Options of <see cref="MiniSeqCatalog.FineTune(FineTuneOptions)"/>.</summary>
 public sealed class FineTuneOptions
 {
-    /// <summary>Column of the document.</summary>
+    /// <summary>Column of the document, or of the dialogue: see <see cref="ChatTemplate"/>.</summary>
     public string InputColumnName { get; set; } = "Document";
 
     /// <summary>Column of the text to learn to write; null learns the input text itself, without <see cref="PromptTemplate"/>.</summary>
@@ -28,10 +28,18 @@ public sealed class FineTuneOptions
     /// <summary>Text around the document, with <c>{input}</c> once; the label follows it.</summary>
     public string PromptTemplate { get; set; } = "{input}\n\nSummary:\n";
 
-    /// <summary>The most tokens of a sequence: a longer document is cut, the label never. Null takes the model's max_position_embeddings.</summary>
+    /// <summary>
+    /// How the model reads dialogues; null trains on plain text. Without a label column the input column holds dialogues, each the JSON text
+    /// of Hugging Face's messages, <c>[{"role": "user", "content": "…"}, …]</c>, and every answer is learned; the model writes the next answer, or
+    /// the last one anew where the dialogue ends with it. With a label column a row is a dialogue of two turns: the document in
+    /// <see cref="PromptTemplate"/> is the user's, the label the assistant's.
+    /// </summary>
+    public ChatTemplateKind? ChatTemplate { get; set; }
+
+    /// <summary>The most tokens of a sequence: a longer document is cut, the label and the assistant's turns never. Null takes the model's max_position_embeddings.</summary>
     public int? MaxLength { get; set; }
 
-    /// <summary>Whether only the label's tokens are learned, or the prompt's too.</summary>
+    /// <summary>Whether only the label's tokens, or the assistant's, are learned, or the prompt's too.</summary>
     public bool CompletionOnlyLoss { get; set; } = true;
 
     /// <summary>How to train. Its seed is not used: <see cref="Seed"/> is.</summary>

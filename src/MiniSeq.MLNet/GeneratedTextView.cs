@@ -73,7 +73,7 @@ internal sealed class GeneratedTextCursor : DataViewRowCursor
             bool wanted = position < _batchStart + _session.Settings.InferenceBatchSize; // rows that nobody read are passed over
             var documents = ReadAhead();
             if (documents.Count == 0) throw new InvalidOperationException("The source gave fewer rows when read a second time.");
-            _batch = wanted ? _session.Generate(documents) : documents;
+            _batch = wanted ? _session.Generate(documents, _batchStart) : documents;
         }
         return _batch[(int)(position - _batchStart)];
     }

@@ -9,7 +9,7 @@ internal static class GenerationConfig
 {
     private static readonly JsonSerializerOptions s_json = new() { WriteIndented = true };
 
-    public static void Write(string folder, HuggingFaceTokenizer tokenizer, GenerationOptions options)
+    public static void Write(string folder, HuggingFaceTokenizer tokenizer, GenerationOptions options, int? endOfTurnTokenId)
     {
         var json = new JsonObject { ["max_new_tokens"] = options.MaxNewTokens, ["do_sample"] = options.DoSample };
         if (options.DoSample)
@@ -21,7 +21,7 @@ internal static class GenerationConfig
         if (tokenizer.BosTokenId is { } bos) json["bos_token_id"] = bos;
         if (tokenizer.PadTokenId is { } pad) json["pad_token_id"] = pad;
         // The first is what ends a training text.
-        int[] eos = [.. tokenizer.EosTokenId is { } first ? new[] { first } : [], .. tokenizer.EosTokenIds.Where(id => id != tokenizer.EosTokenId).Order()];
+        int[] eos = [.. tokenizer.EosTokenId is { } first ? new[] { first } : [], .. tokenizer.EosTokenIds.Union(endOfTurnTokenId is { } end ? [end] : []).Where(id => id != tokenizer.EosTokenId).Order()];
         if (eos.Length > 0) json["eos_token_id"] = new JsonArray([.. eos.Select(id => (JsonNode)id)]);
         File.WriteAllText(Path.Combine(folder, "generation_config.json"), json.ToJsonString(s_json));
     }

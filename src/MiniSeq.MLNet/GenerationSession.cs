@@ -7,7 +7,7 @@ namespace MiniSeq.MLNet;
 internal sealed class GenerationSession : IDisposable
 {
     private readonly Lock _lock = new();
-    private readonly DocumentEncoder _prompts;
+    private readonly IRowEncoder _prompts;
     private bool _disposed;
 
     /// <summary>Takes the model over: it is disposed with the session, and here if the settings do not fit it.</summary>
@@ -17,7 +17,7 @@ internal sealed class GenerationSession : IDisposable
         try
         {
             _prompts = settings.Encoder(tokenizer);
-            _prompts.Prompt("", settings.Generation.MaxNewTokens); // no room for the new tokens: said before training, not at the first row
+            _prompts.CheckRoom(settings.Generation.MaxNewTokens); // said before training, not at the first row
         }
         catch
         {
@@ -38,23 +38,41 @@ internal sealed class GenerationSession : IDisposable
     public int Calls { get; private set; }
 
     /// <summary>The generated text of each document; empty where the prompt has no token.</summary>
-    public IReadOnlyList<string> Generate(IReadOnlyList<string> documents, CancellationToken cancellationToken = default)
+    /// <param name="documents">Texts of the input column.</param>
+    /// <param name="firstRow">The row of the first, for errors; −1 where they come from no data view.</param>
+    /// <param name="cancellationToken">Looked at before each token.</param>
+    public IReadOnlyList<string> Generate(IReadOnlyList<string> documents, long firstRow = -1, CancellationToken cancellationToken = default)
     {
         var options = Settings.Generation;
         lock (_lock)
         {
             ObjectDisposedException.ThrowIf(_disposed, typeof(MiniSeqTransformer));
             Calls++;
-            int[][] prompts = [.. documents.Select(d => _prompts.Prompt(d, options.MaxNewTokens))];
+            int[][] prompts = [.. documents.Select((d, i) => Prompt(d, firstRow < 0 ? -1 : firstRow + i))];
             int[][] full = [.. prompts.Where(p => p.Length > 0)];
             // Drawn one by one, a text depends on its document and the seed only.
             var texts = options.DoSample
                 ? full.SelectMany(p => Model.Generate([p], options, cancellationToken: cancellationToken))
                 : Model.Generate(full, options, cancellationToken: cancellationToken);
             var written = new Queue<int[]>(texts);
-            return [.. prompts.Select(p => p.Length == 0 ? "" : Tokenizer.Decode(written.Dequeue()))];
+            return [.. prompts.Select(p => p.Length == 0 ? "" : Written(written.Dequeue()))];
         }
     }
+
+    private int[] Prompt(string document, long row)
+    {
+        try
+        {
+            return _prompts.Prompt(document, Settings.Generation.MaxNewTokens);
+        }
+        catch (ArgumentException e) when (row >= 0)
+        {
+            throw TextRows.InRow(row, e);
+        }
+    }
+
+    // Some chat templates put spaces around an answer: they are not its text.
+    private string Written(int[] ids) => Settings.ChatTemplate is null ? Tokenizer.Decode(ids) : Tokenizer.Decode(ids).Trim();
 
     public EvaluationResult Evaluate(IReadOnlyList<TokenSequence> sequences)
     {
@@ -73,7 +91,7 @@ internal sealed class GenerationSession : IDisposable
             ObjectDisposedException.ThrowIf(_disposed, typeof(MiniSeqTransformer));
             Model.SavePretrained(folder);
             Tokenizer.SavePretrained(folder);
-            GenerationConfig.Write(folder, Tokenizer, Settings.Generation);
+            GenerationConfig.Write(folder, Tokenizer, Settings.Generation, Settings.EndOfTurnTokenId(Tokenizer));
         }
     }
 

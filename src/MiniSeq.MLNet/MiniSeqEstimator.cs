@@ -12,7 +12,7 @@ namespace MiniSeq.MLNet;
 /// <format type="text/markdown"><![CDATA[
 /// ### Input and Output Columns
 /// The input and the label column are [text](xref:Microsoft.ML.Data.TextDataViewType). The output column is text: what the model writes after the document.
-/// Rows with an empty input or label are skipped in training and counted in the log.
+/// Rows with an empty input or label are skipped in training and counted in the log. With `FineTuneOptions.ChatTemplate` rows are dialogues.
 ///
 /// ### Characteristics
 /// | | |
@@ -55,7 +55,8 @@ public sealed class MiniSeqEstimator : IEstimator<MiniSeqTransformer>
     /// <param name="input">Read once.</param>
     /// <returns>The trained model: dispose it to free its memory.</returns>
     /// <exception cref="ArgumentOutOfRangeException">The input or label column is missing or holds no text.</exception>
-    /// <exception cref="ArgumentException">No row to learn from, or a label that does not fit into the maximum length.</exception>
+    /// <exception cref="ArgumentException">No row to learn from, a label that does not fit into the maximum length, a dialogue that is none, or a
+    /// chat template that is not the tokenizer's.</exception>
     /// <exception cref="FileNotFoundException">The checkpoint lacks a file.</exception>
     /// <exception cref="InvalidDataException">A file of the checkpoint is damaged.</exception>
     /// <exception cref="InvalidOperationException">There is no such GPU as the context asks for, and no fallback.</exception>
@@ -91,11 +92,12 @@ public sealed class MiniSeqEstimator : IEstimator<MiniSeqTransformer>
     {
         // The tokenizer and the configuration first: quick to read, and quick to be wrong.
         var tokenizer = _options.Tokenizer ?? HuggingFaceTokenizer.FromPretrained(ExistingModel());
+        int? endOfTurn = _options.ChatTemplate is { } kind ? new ChatTemplate(tokenizer, kind).EndOfTurnTokenId : null;
         random.manual_seed(_seed);
         var model = _options.Config is { } config
             ? new CausalLM(config with { BosTokenId = tokenizer.BosTokenId, EosTokenIds = [.. tokenizer.EosTokenIds] }, device: device)
             : Checkpoint.LoadPretrained(_options.Model!, device: device);
-        return new GenerationSession(model, tokenizer, Settings(model.Config, tokenizer));
+        return new GenerationSession(model, tokenizer, Settings(model.Config, [.. model.Config.EosTokenIds, .. tokenizer.EosTokenIds, .. endOfTurn is { } end ? new[] { end } : []]));
     }
 
     private string ExistingModel()
@@ -104,18 +106,19 @@ public sealed class MiniSeqEstimator : IEstimator<MiniSeqTransformer>
         return _options.Model!;
     }
 
-    private PipelineSettings Settings(DecoderConfig config, HuggingFaceTokenizer tokenizer) => new()
+    private PipelineSettings Settings(DecoderConfig config, IEnumerable<int> eosTokenIds) => new()
     {
         InputColumnName = _options.InputColumnName,
         OutputColumnName = _options.OutputColumnName,
         LabelColumnName = _options.LabelColumnName,
         PromptTemplate = _options.LabelColumnName is null ? DocumentEncoder.InputPlaceholder : _options.PromptTemplate,
+        ChatTemplate = _options.ChatTemplate,
         CompletionOnlyLoss = _options.CompletionOnlyLoss,
         MaxLength = _options.MaxLength ?? config.MaxPositionEmbeddings,
         InferenceBatchSize = _options.InferenceBatchSize,
         Generation = _options.Generation with
         {
-            EosTokenIds = [.. _options.Generation.EosTokenIds ?? [.. config.EosTokenIds.Union(tokenizer.EosTokenIds)]],
+            EosTokenIds = [.. (_options.Generation.EosTokenIds ?? eosTokenIds).Distinct()],
             Seed = _options.Generation.Seed ?? _seed,
         },
     };
@@ -132,7 +135,7 @@ public sealed class MiniSeqEstimator : IEstimator<MiniSeqTransformer>
     private List<TokenSequence> Read(GenerationSession session, IDataView data, string use, IChannel channel)
     {
         var encoder = session.Settings.Encoder(session.Tokenizer);
-        var (sequences, skipped) = TextRows.Read(data, _options.InputColumnName, _options.LabelColumnName, encoder, _options.CompletionOnlyLoss, _options.CancellationToken);
+        var (sequences, skipped) = TextRows.Read(data, _options.InputColumnName, _options.LabelColumnName, encoder, _options.CancellationToken);
         Say(channel, $"{use} rows: {sequences.Count} with {sequences.Sum(s => (long)s.Length)} tokens, {sequences.Sum(s => s.TargetCount)} of them targets; {encoder.TruncatedCount} documents truncated; {skipped} rows skipped for an empty text");
         return sequences;
     }

@@ -40,12 +40,12 @@ public sealed class MiniSeqTransformer : ITransformer, IDisposable
     internal GenerationSession Session => _session;
 
     /// <summary>What the model writes after one document.</summary>
-    /// <param name="document">Cut at its end where it is too long.</param>
+    /// <param name="document">Cut at its end where it is too long. The JSON text of a dialogue where the model was trained on those.</param>
     /// <param name="cancellationToken">Looked at before each token.</param>
     public string Generate(string document, CancellationToken cancellationToken = default)
     {
         ArgumentNullException.ThrowIfNull(document);
-        return _session.Generate([document], cancellationToken)[0];
+        return _session.Generate([document], cancellationToken: cancellationToken)[0];
     }
 
     /// <summary>Writes the model as a Hugging Face folder: config.json, generation_config.json, model.safetensors, tokenizer.</summary>
@@ -84,7 +84,7 @@ public sealed class MiniSeqTransformer : ITransformer, IDisposable
     internal CausalLMMetrics Evaluate(IDataView data, string? label, string? input)
     {
         var settings = _session.Settings;
-        var (sequences, _) = TextRows.Read(data, input ?? InputColumnName, label ?? LabelColumnName, settings.Encoder(Tokenizer), settings.CompletionOnlyLoss, CancellationToken.None);
+        var (sequences, _) = TextRows.Read(data, input ?? InputColumnName, label ?? LabelColumnName, settings.Encoder(Tokenizer), CancellationToken.None);
         var score = _session.Evaluate(sequences);
         return new CausalLMMetrics(score.Loss, score.Accuracy, score.TargetCount);
     }

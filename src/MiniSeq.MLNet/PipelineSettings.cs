@@ -1,3 +1,4 @@
+using System.Text.Json.Serialization;
 using MiniSeq.Models;
 using MiniSeq.Training;
 
@@ -14,6 +15,10 @@ internal sealed record PipelineSettings
 
     public required string PromptTemplate { get; init; }
 
+    /// <summary>Null in manifests from before there were chat templates, too.</summary>
+    [JsonConverter(typeof(JsonStringEnumConverter<ChatTemplateKind>))]
+    public ChatTemplateKind? ChatTemplate { get; init; }
+
     public required bool CompletionOnlyLoss { get; init; }
 
     public required int MaxLength { get; init; }
@@ -22,5 +27,11 @@ internal sealed record PipelineSettings
 
     public required GenerationOptions Generation { get; init; }
 
-    public DocumentEncoder Encoder(HuggingFaceTokenizer tokenizer) => new(tokenizer, PromptTemplate, MaxLength);
+    public IRowEncoder Encoder(HuggingFaceTokenizer tokenizer) => ChatTemplate is { } kind
+        ? new DialogueRows(new DialogueEncoder(new ChatTemplate(tokenizer, kind), MaxLength, PromptTemplate), LabelColumnName is not null, CompletionOnlyLoss)
+        : new DocumentRows(new DocumentEncoder(tokenizer, PromptTemplate, MaxLength), CompletionOnlyLoss);
+
+    /// <summary>The token that ends an answer; null without a chat template.</summary>
+    public int? EndOfTurnTokenId(HuggingFaceTokenizer tokenizer) =>
+        ChatTemplate is { } kind ? new ChatTemplate(tokenizer, kind).EndOfTurnTokenId : null;
 }

@@ -1,7 +1,6 @@
 using Microsoft.ML;
 using Microsoft.ML.Data;
 using MiniSeq.Models;
-using MiniSeq.Training;
 
 namespace MiniSeq.MLNet;
 
@@ -24,7 +23,7 @@ internal static class TextRows
     }
 
     /// <summary>The rows as training examples, and how many were skipped: those with an empty text in one of the columns.</summary>
-    public static (List<TokenSequence> Sequences, int Skipped) Read(IDataView data, string input, string? label, DocumentEncoder encoder, bool completionOnly, CancellationToken cancellationToken)
+    public static (List<TokenSequence> Sequences, int Skipped) Read(IDataView data, string input, string? label, IRowEncoder encoder, CancellationToken cancellationToken)
     {
         var inputColumn = Column(data.Schema, "input", input);
         DataViewSchema.Column? labelColumn = label is null ? null : Column(data.Schema, "label", label);
@@ -48,14 +47,17 @@ internal static class TextRows
         {
             try
             {
-                return encoder.Encode(document.ToString(), getLabel is null ? null : target.ToString(), completionOnly);
+                return encoder.Encode(document.ToString(), getLabel is null ? null : target.ToString());
             }
             catch (ArgumentException e)
             {
-                throw new ArgumentException($"Row {row}: {e.Message}", nameof(data), e);
+                throw InRow(row, e);
             }
         }
     }
+
+    /// <summary>The same error, with the place of the row.</summary>
+    public static ArgumentException InRow(long row, ArgumentException error) => new($"Row {row}: {error.Message}", error);
 
     private static ArgumentOutOfRangeException Missing(string role, string name) =>
         new("inputSchema", $"Could not find {role} column '{name}'");

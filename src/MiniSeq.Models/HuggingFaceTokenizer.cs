@@ -16,14 +16,14 @@ public sealed class HuggingFaceTokenizer
     private const string JsonName = "tokenizer.json";
     private const string ModelName = "tokenizer.model";
     private const string ConfigName = "tokenizer_config.json";
+    private const string JinjaName = "chat_template.jinja";
 
     // What transformers writes for a tokenizer; config.json and generation_config.json belong to the model.
     private static readonly string[] s_savedNames =
-        [JsonName, ModelName, ConfigName, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"];
+        [JsonName, ModelName, ConfigName, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", JinjaName];
 
     private readonly TokenizerParts _parts;
-    private readonly AddedTokens _raw;
-    private readonly AddedTokens _normalized;
+    private readonly AddedTokenSet _found;
     private readonly Dictionary<int, string> _tokens = [];
     private readonly HashSet<int> _added;
     private readonly List<string> _files;
@@ -31,8 +31,7 @@ public sealed class HuggingFaceTokenizer
     private HuggingFaceTokenizer(TokenizerParts parts, List<string> files)
     {
         (_parts, _files) = (parts, files);
-        _raw = new AddedTokens(parts.Added.Where(token => !token.Normalized));
-        _normalized = new AddedTokens(parts.Added.Where(token => token.Normalized));
+        _found = new AddedTokenSet(parts.Added);
         _added = [.. parts.Added.Select(token => token.Id)];
         foreach (var (token, id) in parts.Ids)
             _tokens.TryAdd(id, token);
@@ -72,6 +71,7 @@ public sealed class HuggingFaceTokenizer
             : File.Exists(model) ? WithConfigured(SentencePieceModel.Read(model, config.AddBos ?? true, config.AddEos ?? false), config)
             : throw new FileNotFoundException($"{folder}: the folder holds neither {JsonName} nor {ModelName}.", json);
         var tokenizer = new HuggingFaceTokenizer(parts, [.. s_savedNames.Select(name => Path.Combine(folder, name)).Where(File.Exists)]);
+        tokenizer.ChatTemplateText = ReadText(Path.Combine(folder, JinjaName)) ?? config.ChatTemplate;
         tokenizer.NameSpecialTokens(config, ReadModelConfig(Path.Combine(folder, "generation_config.json")), ReadModelConfig(Path.Combine(folder, "config.json")));
         return tokenizer;
     }
@@ -97,11 +97,7 @@ public sealed class HuggingFaceTokenizer
         var ids = new List<int>(text.Length / 3);
         if (addSpecialTokens)
             ids.AddRange(_parts.Template.Before);
-        foreach (var (start, section, token) in _raw.Cut(text))
-            if (token is not null)
-                ids.Add(token.Id);
-            else
-                EncodeSection(_parts.Normalize(section), start == 0, ids);
+        EncodeText(text, first: true, _found, ids);
         if (addSpecialTokens)
             ids.AddRange(_parts.Template.After);
         return ids;
@@ -158,9 +154,31 @@ public sealed class HuggingFaceTokenizer
     internal (string Token, byte[] Bytes) Spelling(int id) =>
         (_tokens[id], (_parts.Decoder with { Replacements = [] }).Bytes(_tokens[id], _added.Contains(id)));
 
-    private void EncodeSection(string text, bool first, List<int> ids)
+    /// <summary>Hugging Face's <c>chat_template</c> of the folder, a Jinja program; null where no file has one.</summary>
+    internal string? ChatTemplateText { get; private set; }
+
+    /// <summary>The added tokens that are still found in a text whose special tokens are ordinary text (Hugging Face's <c>split_special_tokens</c>).</summary>
+    /// <param name="others">Ids of more tokens that are not to be found.</param>
+    internal AddedTokenSet WithoutSpecialTokens(IReadOnlySet<int> others) =>
+        new(_parts.Added.Where(token => !_parts.Special.Contains(token.Id) && !others.Contains(token.Id)));
+
+    /// <summary>Adds the ids of a text to <paramref name="ids"/>.</summary>
+    /// <param name="text">Any text.</param>
+    /// <param name="first">Whether nothing comes before it, no special token either: some tokenizers put a space there.</param>
+    /// <param name="found">The added tokens to look for.</param>
+    /// <param name="ids">Grows.</param>
+    internal void EncodeText(string text, bool first, AddedTokenSet found, List<int> ids)
     {
-        foreach (var (start, section, token) in _normalized.Cut(text))
+        foreach (var (start, section, token) in found.Raw.Cut(text))
+            if (token is not null)
+                ids.Add(token.Id);
+            else
+                EncodeSection(_parts.Normalize(section), first && start == 0, found.Normalized, ids);
+    }
+
+    private void EncodeSection(string text, bool first, AddedTokens found, List<int> ids)
+    {
+        foreach (var (start, section, token) in found.Cut(text))
             if (token is not null)
                 ids.Add(token.Id);
             else
@@ -192,13 +210,13 @@ public sealed class HuggingFaceTokenizer
         return parts;
     }
 
-    private sealed record TokenizerConfig(string? Bos, string? Eos, string? Pad, bool? AddBos, bool? AddEos, List<(AddedToken Token, bool Special)> Added);
+    private sealed record TokenizerConfig(string? Bos, string? Eos, string? Pad, bool? AddBos, bool? AddEos, string? ChatTemplate, List<(AddedToken Token, bool Special)> Added);
 
     private sealed record ModelConfig(int[] Bos, int[] Eos, int[] Pad);
 
     private static TokenizerConfig ReadConfig(string file) =>
-        !File.Exists(file) ? new(null, null, null, null, null, []) : Text.ParseObject(File.ReadAllBytes(file), file, root => new TokenizerConfig(
-            Token(root, "bos_token"), Token(root, "eos_token"), Token(root, "pad_token"), Flag(root, "add_bos_token"), Flag(root, "add_eos_token"),
+        !File.Exists(file) ? new(null, null, null, null, null, null, []) : Text.ParseObject(File.ReadAllBytes(file), file, root => new TokenizerConfig(
+            Token(root, "bos_token"), Token(root, "eos_token"), Token(root, "pad_token"), Flag(root, "add_bos_token"), Flag(root, "add_eos_token"), ChatTemplate(root),
             root.TryGetProperty("added_tokens_decoder", out var added) ? [.. added.EnumerateObject().Select(Added)] : []));
 
     private static ModelConfig ReadModelConfig(string file) =>
@@ -209,6 +227,14 @@ public sealed class HuggingFaceTokenizer
         (new AddedToken(entry.Value.GetProperty("content").GetString()!, int.Parse(entry.Name, CultureInfo.InvariantCulture),
             Flag(entry.Value, "normalized") ?? false, Flag(entry.Value, "lstrip") ?? false, Flag(entry.Value, "rstrip") ?? false, Flag(entry.Value, "single_word") ?? false),
             Flag(entry.Value, "special") ?? false);
+
+    /// <summary>A template is written as its text, or as a list of named ones, of which the one called default counts.</summary>
+    private static string? ChatTemplate(JsonElement root) =>
+        !root.TryGetProperty("chat_template", out var value) ? null
+        : value.ValueKind != JsonValueKind.Array ? Token(root, "chat_template")
+        : value.EnumerateArray().Where(item => Token(item, "name") == "default").Select(item => Token(item, "template")).FirstOrDefault();
+
+    private static string? ReadText(string file) => File.Exists(file) ? File.ReadAllText(file) : null;
 
     private static bool? Flag(JsonElement root, string name) =>
         root.TryGetProperty(name, out var value) && value.ValueKind is JsonValueKind.True or JsonValueKind.False ? value.GetBoolean() : null;

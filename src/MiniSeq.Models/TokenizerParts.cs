@@ -101,6 +101,14 @@ internal sealed class AddedTokens
     private static bool IsWordCharacter(char c) => char.IsLetterOrDigit(c) || c == '_';
 }
 
+/// <summary>Added tokens to look for in a text: those that stand there as they are, then those of the normalized text.</summary>
+internal sealed class AddedTokenSet(IEnumerable<AddedToken> tokens)
+{
+    public AddedTokens Raw { get; } = new(tokens.Where(token => !token.Normalized));
+
+    public AddedTokens Normalized { get; } = new(tokens.Where(token => token.Normalized));
+}
+
 /// <summary>How a splitter treats what its pattern matches (the names are Hugging Face's).</summary>
 internal enum SplitBehavior
 {

@@ -6,9 +6,10 @@ using MiniSeq.Training;
 
 namespace MiniSeq.MLNet.Tests;
 
-/// <summary>A model of some thousand weights, its byte-level tokenizer, and rows for it.</summary>
+/// <summary>A model of some thousand weights, its byte-level tokenizer with the tokens of ChatML, and rows for it.</summary>
 internal static class Tiny
 {
+    public const int EndOfTurn = 258;
     private const int Eos = 256;
     private static readonly string s_folder = TokenizerFolder();
 
@@ -38,7 +39,7 @@ internal static class Tiny
         var vocab = Enumerable.Range(0, 256).ToDictionary(b => ((char)(b is >= 33 and <= 126 or >= 161 and <= 172 or >= 174 ? b : next++)).ToString(), b => b);
         File.WriteAllText(Path.Combine(folder, "tokenizer.json"), JsonSerializer.Serialize(new
         {
-            added_tokens = new[] { new { id = Eos, content = "<eos>", special = true } },
+            added_tokens = new[] { (Eos, "<eos>"), (257, "<|im_start|>"), (EndOfTurn, "<|im_end|>") }.Select(token => new { id = token.Item1, content = token.Item2, special = true }),
             pre_tokenizer = new { type = "ByteLevel", add_prefix_space = false, use_regex = true },
             decoder = new { type = "ByteLevel" },
             model = new { type = "BPE", vocab, merges = Array.Empty<string>() },
