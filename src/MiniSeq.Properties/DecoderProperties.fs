@@ -47,6 +47,13 @@ let private config (c: DecoderCase) =
         NumAttentionHeads = c.KvHeads * c.Groups,
         NumKeyValueHeads = c.KvHeads,
         HeadDim = 2 * c.HalfHeadDim,
+        RopeTheta = (if c.Seed % 2 = 0 then 10000.0 else 500000.0),
+        EosTokenIds = [| for i in 1 .. c.Seed % 3 -> i |],
+        BosTokenId =
+            (if c.Seed % 5 = 0 then
+                 System.Nullable()
+             else
+                 System.Nullable 1),
         RmsNormEps = 1e-2, // a hidden state near zero would blow up every rounding
         TieWordEmbeddings = c.Tied,
         QkvBias = c.AttentionBias,
@@ -70,7 +77,7 @@ let private random seed n vocabulary =
     (labelsOf seed n vocabulary Every).data<int64>().ToArray()
 
 /// Random documents; a label that counts is the token itself, as in Hugging Face.
-let private documentsOf (c: DecoderCase) =
+let documentsOf (c: DecoderCase) =
     [
         for i, d in List.indexed c.Documents do
             let seed = c.Seed + 100 * i
@@ -79,7 +86,7 @@ let private documentsOf (c: DecoderCase) =
             TokenSequence(ids, Array.map2 (fun id label -> if label = ignored then ignored else id) ids mask)
     ]
 
-let private modelOf (c: DecoderCase) =
+let modelOf (c: DecoderCase) =
     new CausalLM(config c, dtype c.Precision)
 
 let private options (c: DecoderCase) = ComputeOptions(c.Chunk, c.Recompute)

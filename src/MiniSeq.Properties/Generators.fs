@@ -495,7 +495,7 @@ let private validMemory c =
     c.Chunk >= 8 && c.Chunks >= 12 && c.Hidden > 0 && c.Vocabulary >= 1000
 
 /// The shrinker that FsCheck derives from the record, held to the valid cases.
-let private shrinking valid (gen: Gen<'T>) =
+let shrinking valid (gen: Gen<'T>) =
     let derived = ArbMap.defaults |> ArbMap.arbitrary<'T> |> Arb.toShrink
     Arb.fromGenShrink (gen, derived >> Seq.filter valid)
 

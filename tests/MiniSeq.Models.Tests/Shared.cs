@@ -18,6 +18,13 @@ internal static class Shared
         return path;
     }
 
+    /// <summary>The names of the folders in a reference folder; none where it is not there.</summary>
+    public static string[] Folders(string relative)
+    {
+        var path = System.IO.Path.Combine(Root, relative);
+        return Directory.Exists(path) ? [.. Directory.GetDirectories(path).Select(folder => System.IO.Path.GetFileName(folder)).Order(StringComparer.Ordinal)] : [];
+    }
+
     // A git worktree lies one folder deeper than the repository: look one level further up too.
     private static string Beside(string repository)
     {
