@@ -96,10 +96,10 @@ internal sealed record ReferenceResult
 internal sealed record ReferenceBounds(double Tolerance, bool Entrywise, bool NearTies)
 {
     /// <summary>The bounds of a type of computation. In float32, measured and in the files' own noise, logits and gradients are off by 1e-6 to 1e-5;
-    /// in bfloat16, measured, logits by 0.03 and gradients by up to 0.07 in L2: that finds what only bfloat16 breaks, and small faults only float32 finds.</summary>
+    /// in bfloat16, measured, logits by 0.03 and gradients by up to 0.08 in L2, Gemma 2's of q and k by 0.16: that finds what only bfloat16 breaks, and small faults only float32 finds.</summary>
     public static ReferenceBounds Of(ScalarType dtype, double? tolerance = null) => dtype switch
     {
-        ScalarType.BFloat16 => new(tolerance ?? 0.15, Entrywise: false, NearTies: true),
+        ScalarType.BFloat16 => new(tolerance ?? 0.25, Entrywise: false, NearTies: true),
         _ => new(tolerance ?? 1e-4, Entrywise: true, NearTies: false),
     };
 
