@@ -8,7 +8,8 @@ namespace MiniSeq.Models;
 /// <param name="MaxLength">One more than the largest position.</param>
 /// <param name="Rotary">Tables of the rotary embedding.</param>
 /// <param name="ChunkRows">Rows of a mini-sequence.</param>
-internal sealed record RowContext(Tensor Positions, long MaxLength, RotaryEmbedding Rotary, long ChunkRows);
+/// <param name="Dropout">All rows, for adapters with dropout; null drops nothing.</param>
+internal sealed record RowContext(Tensor Positions, long MaxLength, RotaryEmbedding Rotary, long ChunkRows, DropoutRows? Dropout = null);
 
 /// <summary>What a layer keeps from forward for backward: its input, and more where memory allows. Belongs to no dispose scope.</summary>
 internal sealed class LayerRecord(Tensor input, RecomputePolicy policy) : IDisposable
@@ -120,9 +121,9 @@ internal sealed class DecoderLayer : nn.Module
         Chunking.ForEach(x.size(0), rows.ChunkRows, (start, count) =>
         {
             Tensor At(Tensor t) => t.narrow(0, start, count);
-            var r = AfterAttention(At(x), At(attention));
+            var r = AfterAttention(At(x), At(attention), rows.Dropout?.From(start));
             if (record?.Residual is { } kept) At(kept).copy_(r);
-            var mlp = _mlp.ForwardChunk(_norm2.forward(r), record?.Mlp is var (gate, up) ? (At(gate), At(up)) : null);
+            var mlp = _mlp.ForwardChunk(_norm2.forward(r), record?.Mlp is var (gate, up) ? (At(gate), At(up)) : null, rows.Dropout?.From(start));
             At(y).copy_(mlp.add_(r));
         });
         return inPlace ? x : y.MoveToOuterDisposeScope();
@@ -174,15 +175,16 @@ internal sealed class DecoderLayer : nn.Module
         {
             var h = _norm1.forward(x.narrow(0, start, count));
             var (cos, sin) = rows.Rotary.Rows(rows.Positions.narrow(0, start, count), rows.MaxLength);
+            var dropout = rows.Dropout?.From(start);
             var (qc, kc) = (q.narrow(0, start, count), k.narrow(0, start, count));
-            RotaryEmbedding.Rotate_(qc.copy_(Heads(_q.forward(h))), cos, sin);
-            RotaryEmbedding.Rotate_(kc.copy_(Heads(_k.forward(h))), cos, sin);
-            v.narrow(0, start, count).copy_(Heads(_v.forward(h)));
+            RotaryEmbedding.Rotate_(qc.copy_(Heads(_q.forward(h, dropout))), cos, sin);
+            RotaryEmbedding.Rotate_(kc.copy_(Heads(_k.forward(h, dropout))), cos, sin);
+            v.narrow(0, start, count).copy_(Heads(_v.forward(h, dropout)));
         });
         return (q, k, v);
     }
 
-    private Tensor AfterAttention(Tensor x, Tensor attention) => _o.forward(attention).add_(x);
+    private Tensor AfterAttention(Tensor x, Tensor attention, DropoutRows? dropout) => _o.forward(attention, dropout).add_(x);
 
     // dy → dr in place, and the gradient of attention's output.
     private Tensor BackwardAfterAttention(LayerRecord record, Tensor gradient, Tensor output, RowContext rows)
@@ -192,12 +194,13 @@ internal sealed class DecoderLayer : nn.Module
         Chunking.ForEach(gradient.size(0), rows.ChunkRows, (start, count) =>
         {
             Tensor At(Tensor t) => t.narrow(0, start, count);
+            var dropout = rows.Dropout?.From(start);
             var (a, dr) = (At(attention), At(gradient));
-            var r = record.Residual is { } kept ? At(kept) : AfterAttention(At(record.Input), a);
-            var mlp = _mlp.BackwardChunk(_norm2.forward(r), dr, record.Mlp is var (gate, up) ? (At(gate), At(up)) : null)!;
+            var r = record.Residual is { } kept ? At(kept) : AfterAttention(At(record.Input), a, dropout);
+            var mlp = _mlp.BackwardChunk(_norm2.forward(r), dr, record.Mlp is var (gate, up) ? (At(gate), At(up)) : null, dropout: dropout)!;
             dr.add_(_norm2.Backward(r, mlp)); // dr = dy + the way through the MLP
-            _o.AccumulateGradients(a, dr);
-            At(dAttention).copy_(_o.InputGradient(dr));
+            _o.AccumulateGradients(a, dr, dropout);
+            At(dAttention).copy_(_o.InputGradient(dr, dropout));
         });
         return dOutput;
     }
@@ -212,13 +215,14 @@ internal sealed class DecoderLayer : nn.Module
             sin.neg_(); // the gradient of a rotation turns back
             RotaryEmbedding.Rotate_(dq.narrow(0, start, count), cos, sin);
             RotaryEmbedding.Rotate_(dk.narrow(0, start, count), cos, sin);
+            var dropout = rows.Dropout?.From(start);
             Tensor? dh = null;
             foreach (var (projection, all) in new[] { (_q, dq), (_k, dk), (_v, dv) })
             {
                 var d = all.narrow(0, start, count).flatten(1);
-                projection.AccumulateGradients(h, d);
-                if (dh is null) dh = projection.InputGradient(d);
-                else projection.AddInputGradient(dh, d);
+                projection.AccumulateGradients(h, d, dropout);
+                if (dh is null) dh = projection.InputGradient(d, dropout);
+                else projection.AddInputGradient(dh, d, dropout);
             }
             gradient.narrow(0, start, count).add_(_norm1.Backward(xc, dh!));
         });
