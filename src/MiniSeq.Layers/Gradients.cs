@@ -1,4 +1,3 @@
-using TorchSharp.Modules;
 using static TorchSharp.torch;
 
 namespace MiniSeq.Layers;
@@ -64,15 +63,6 @@ public static class Gradients
         }
         long block = Math.Max(FewestBlockRows, BlockBytes / Math.Max(1, b.size(1) * b.element_size()));
         Chunking.ForEach(at.size(0), block, (start, count) => accumulator.narrow(0, start, count).add_(at.narrow(0, start, count).mm(b)));
-    }
-
-    /// <summary>The same numbers in the same memory with a <c>.grad</c> of its own: zeros, or none where the parameter is not trained. Belongs to no dispose scope.</summary>
-    internal static Parameter Twin(Parameter parameter)
-    {
-        using var scope = NewDisposeScope();
-        var twin = new Parameter(parameter.detach(), parameter.requires_grad);
-        if (twin.requires_grad) twin.grad = zeros(twin.shape, AccumulationType(twin.dtype), twin.device);
-        return (Parameter)twin.DetachFromDisposeScope();
     }
 
     /// <summary>float32 for the 16-bit types, else the type itself.</summary>

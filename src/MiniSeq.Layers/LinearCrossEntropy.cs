@@ -158,7 +158,8 @@ public static class LinearCrossEntropy
     private sealed class GradientSink : IDisposable
     {
         private readonly Projection _head;
-        private readonly Projection _apart; // the same head, with gradients of its own
+        private readonly Tensor[] _trained;
+        private readonly Tensor?[] _apart; // a gradient for each of them
         private readonly long[] _shape;
         private readonly Tensor _rows;
         private readonly Tensor? _dHidden; // [n, d], the rows that have a label
@@ -166,15 +167,36 @@ public static class LinearCrossEntropy
 
         public GradientSink(Tensor hidden, Projection head, Tensor rows)
         {
-            (_head, _apart, _shape) = (head, head.Twin(), hidden.shape);
+            (_head, _shape) = (head, hidden.shape);
+            _trained = [.. head.parameters().Where(p => p.requires_grad)];
+            _apart = Array.ConvertAll(_trained, p => zeros(p.shape, Gradients.AccumulationType(p.dtype), p.device).DetachFromDisposeScope());
             _rows = rows.alias().DetachFromDisposeScope();
             _dHidden = hidden.requires_grad ? empty([rows.numel(), hidden.size(-1)], hidden.dtype, hidden.device).DetachFromDisposeScope() : null;
         }
 
         public void Add(long start, Tensor h, Tensor dLogits)
         {
-            _apart.AccumulateGradients(h, dLogits);
-            _dHidden?.narrow(0, start, h.size(0)).copy_(_apart.InputGradient(dLogits));
+            Exchange();
+            try
+            {
+                _head.AccumulateGradients(h, dLogits);
+            }
+            finally
+            {
+                Exchange();
+            }
+            _dHidden?.narrow(0, start, h.size(0)).copy_(_head.InputGradient(dLogits));
+        }
+
+        // The parameters' own .grad against the ones held apart.
+        private void Exchange()
+        {
+            for (int i = 0; i < _trained.Length; i++)
+            {
+                using var put = _apart[i];
+                _apart[i] = _trained[i].grad?.DetachFromDisposeScope();
+                _trained[i].grad = put;
+            }
         }
 
         /// <summary>Scales by the upstream gradient, accumulates the head's gradients and returns that of the hidden states.</summary>
@@ -184,8 +206,7 @@ public static class LinearCrossEntropy
             _finished = true;
             using var scope = NewDisposeScope();
             using var noGrad = no_grad();
-            foreach (var (parameter, apart) in _head.parameters().Zip(_apart.parameters()))
-                if (apart.grad is { } gradient) Gradients.Accumulate(parameter, gradient.mul_(upstream.to(gradient.dtype)));
+            foreach (var (parameter, gradient) in _trained.Zip(_apart)) Gradients.Accumulate(parameter, gradient!.mul_(upstream.to(gradient.dtype)));
             Tensor? full = null;
             if (_dHidden is not null)
             {
@@ -198,9 +219,7 @@ public static class LinearCrossEntropy
 
         public void Dispose()
         {
-            _rows.Dispose();
-            _dHidden?.Dispose();
-            _apart.Dispose();
+            foreach (var t in _apart.Append(_rows).Append(_dHidden)) t?.Dispose();
         }
     }
 }

@@ -120,9 +120,6 @@ public sealed class LoraAdapter : IDisposable
         });
     }
 
-    /// <summary>The same adapter over the same memory, with gradients of its own.</summary>
-    internal LoraAdapter Twin() => new(Gradients.Twin(A), Gradients.Twin(B), Scale, _dropout, _number);
-
     /// <inheritdoc/>
     public void Dispose()
     {

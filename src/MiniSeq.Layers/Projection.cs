@@ -98,9 +98,6 @@ public sealed class Projection : nn.Module<Tensor, Tensor>
         adapter.Dispose();
     }
 
-    /// <summary>The same projection over the same memory, with a <c>.grad</c> of its own for each parameter: zeros where it is trained.</summary>
-    internal Projection Twin() => new(Gradients.Twin(_weight), _bias is null ? null : Gradients.Twin(_bias)) { Adapter = _adapter?.Twin() };
-
     private static Parameter InitialWeight(long inFeatures, long outFeatures, ScalarType dtype, Device? device)
     {
         double bound = 1 / Math.Sqrt(inFeatures);
