@@ -71,20 +71,21 @@ public sealed class GatedMlp : nn.Module<Tensor, Tensor>
     /// <summary>y of one mini-sequence. Shapes: x [rows, d], y [rows, d]. Records no graph of its own.</summary>
     /// <param name="x">[rows, d].</param>
     /// <param name="keep">Where gate and up [rows, I] are written, if backward is not to compute them again.</param>
-    public Tensor ForwardChunk(Tensor x, (Tensor Gate, Tensor Up)? keep = null)
+    /// <param name="dropout">The rows' numbers, for adapters with dropout; null drops nothing.</param>
+    public Tensor ForwardChunk(Tensor x, (Tensor Gate, Tensor Up)? keep = null, DropoutRows? dropout = null)
     {
         using var scope = NewDisposeScope();
-        var (gate, up) = (_gate.forward(x), _up.forward(x));
+        var (gate, up) = (_gate.forward(x, dropout), _up.forward(x, dropout));
         keep?.Gate.copy_(gate);
         keep?.Up.copy_(up);
-        return OutputChunk(gate, up).MoveToOuterDisposeScope();
+        return OutputChunk(gate, up, dropout).MoveToOuterDisposeScope();
     }
 
     /// <summary>y = W_d (act(gate) ⊙ up) of gate and up [rows, I] that were kept.</summary>
-    public Tensor OutputChunk(Tensor gate, Tensor up)
+    public Tensor OutputChunk(Tensor gate, Tensor up, DropoutRows? dropout = null)
     {
         using var scope = NewDisposeScope();
-        return _down.forward(ActivationFunctions.Apply(_activation, gate).mul_(up)).MoveToOuterDisposeScope();
+        return _down.forward(ActivationFunctions.Apply(_activation, gate).mul_(up), dropout).MoveToOuterDisposeScope();
     }
 
     /// <summary>dx of one mini-sequence from dy; weight gradients are accumulated. Shapes: x, dy and dx [rows, d].</summary>
@@ -92,21 +93,22 @@ public sealed class GatedMlp : nn.Module<Tensor, Tensor>
     /// <param name="dy">[rows, d].</param>
     /// <param name="kept">Gate and up [rows, I] of forward; null computes them again.</param>
     /// <param name="needsInputGrad">Whether dx is wanted.</param>
-    public Tensor? BackwardChunk(Tensor x, Tensor dy, (Tensor Gate, Tensor Up)? kept = null, bool needsInputGrad = true)
+    /// <param name="dropout">As in forward.</param>
+    public Tensor? BackwardChunk(Tensor x, Tensor dy, (Tensor Gate, Tensor Up)? kept = null, bool needsInputGrad = true, DropoutRows? dropout = null)
     {
         using var scope = NewDisposeScope();
-        var (gate, up) = kept ?? (_gate.forward(x), _up.forward(x));
+        var (gate, up) = kept ?? (_gate.forward(x, dropout), _up.forward(x, dropout));
         var act = ActivationFunctions.Apply(_activation, gate);
         using (var hidden = act * up)                              // h = act(g) ⊙ u
-            _down.AccumulateGradients(hidden, dy);                 // dW_d += dyᵀ h
-        var dHidden = _down.InputGradient(dy);                     // dh = dy W_d
+            _down.AccumulateGradients(hidden, dy, dropout);               // dW_d += dyᵀ h
+        var dHidden = _down.InputGradient(dy, dropout);       // dh = dy W_d
         var dUp = act.mul_(dHidden);                               // du = dh ⊙ act(g)
         var dGate = ActivationFunctions.Backward(_activation, dHidden.mul_(up), gate); // dg = dh ⊙ u ⊙ act'(g)
-        _gate.AccumulateGradients(x, dGate);                       // dW_g += dgᵀ x
-        _up.AccumulateGradients(x, dUp);                           // dW_u += duᵀ x
+        _gate.AccumulateGradients(x, dGate, dropout);                    // dW_g += dgᵀ x
+        _up.AccumulateGradients(x, dUp, dropout);                     // dW_u += duᵀ x
         if (!needsInputGrad) return null;
-        var dx = _gate.InputGradient(dGate);                       // dx = dg W_g + du W_u
-        _up.AddInputGradient(dx, dUp);
+        var dx = _gate.InputGradient(dGate, dropout);                // dx = dg W_g + du W_u
+        _up.AddInputGradient(dx, dUp, dropout);
         return dx.MoveToOuterDisposeScope();
     }
 

@@ -59,14 +59,16 @@ public static class LinearCrossEntropy
     /// <summary>
     /// Loss of one mini-sequence and, if <paramref name="scale"/> is given, the gradients of scale · loss: those of the head are
     /// accumulated, that of the rows is returned. Shapes: hidden [rows, d], labels [rows], none of them ignored.
+    /// With <paramref name="dropout"/>, an adapter of the head drops.
     /// </summary>
-    public static (Tensor LossSum, Tensor? HiddenGradient) Chunk(Tensor hidden, Projection head, Tensor labels, double? scale, bool needsHiddenGradient = true, double? softcap = null)
+    public static (Tensor LossSum, Tensor? HiddenGradient) Chunk(Tensor hidden, Projection head, Tensor labels, double? scale, bool needsHiddenGradient = true,
+        double? softcap = null, DropoutRows? dropout = null)
     {
         using var scope = NewDisposeScope();
-        var (loss, dLogits) = LossAndLogitGradient(hidden, head, labels, softcap, scale);
+        var (loss, dLogits) = LossAndLogitGradient(hidden, head, labels, softcap, scale, dropout);
         if (dLogits is null) return (loss.MoveToOuterDisposeScope(), null);
-        head.AccumulateGradients(hidden, dLogits);
-        var dHidden = needsHiddenGradient ? head.InputGradient(dLogits).MoveToOuterDisposeScope() : null;
+        head.AccumulateGradients(hidden, dLogits, dropout);
+        var dHidden = needsHiddenGradient ? head.InputGradient(dLogits, dropout).MoveToOuterDisposeScope() : null;
         return (loss.MoveToOuterDisposeScope(), dHidden);
     }
 
@@ -106,9 +108,9 @@ public static class LinearCrossEntropy
     }
 
     // The logits of a chunk become their own gradient, a few rows at a time: those stay in the cache, and are float32 or better only there.
-    private static (Tensor Loss, Tensor? LogitGradient) LossAndLogitGradient(Tensor hidden, Projection head, Tensor labels, double? softcap, double? scale)
+    private static (Tensor Loss, Tensor? LogitGradient) LossAndLogitGradient(Tensor hidden, Projection head, Tensor labels, double? softcap, double? scale, DropoutRows? dropout = null)
     {
-        var logits = head.forward(hidden);
+        var logits = head.forward(hidden, dropout);
         var loss = SoftmaxBlocks_(logits, labels, softcap, scale);
         return (loss, scale is null ? null : logits);
     }
@@ -161,31 +163,45 @@ public static class LinearCrossEntropy
     private sealed class GradientSink : IDisposable
     {
         private readonly Projection _head;
+        private readonly Tensor[] _trained;
+        private readonly Tensor?[] _apart; // a gradient for each of them
         private readonly long[] _shape;
         private readonly Tensor _rows;
         private readonly Tensor? _dHidden; // [n, d], the rows that have a label
-        private readonly Tensor? _dWeight;
-        private readonly Tensor? _dBias;
         private bool _finished;
 
         public GradientSink(Tensor hidden, Projection head, Tensor rows)
         {
             (_head, _shape) = (head, hidden.shape);
+            _trained = [.. head.parameters().Where(p => p.requires_grad)];
+            _apart = Array.ConvertAll(_trained, p => zeros(p.shape, Gradients.AccumulationType(p.dtype), p.device).DetachFromDisposeScope());
             _rows = rows.alias().DetachFromDisposeScope();
             _dHidden = hidden.requires_grad ? empty([rows.numel(), hidden.size(-1)], hidden.dtype, hidden.device).DetachFromDisposeScope() : null;
-            _dWeight = Zeros(head.Weight);
-            _dBias = Zeros(head.Bias);
         }
-
-        private static Tensor? Zeros(Tensor? parameter) => parameter is { requires_grad: true }
-            ? zeros(parameter.shape, Gradients.AccumulationType(parameter.dtype), parameter.device).DetachFromDisposeScope()
-            : null;
 
         public void Add(long start, Tensor h, Tensor dLogits)
         {
-            if (_dWeight is not null) Gradients.AddProduct(_dWeight, dLogits, h);
-            _dBias?.add_(dLogits.sum(0, type: _dBias.dtype));
+            Exchange();
+            try
+            {
+                _head.AccumulateGradients(h, dLogits);
+            }
+            finally
+            {
+                Exchange();
+            }
             _dHidden?.narrow(0, start, h.size(0)).copy_(_head.InputGradient(dLogits));
+        }
+
+        // The parameters' own .grad against the ones held apart.
+        private void Exchange()
+        {
+            for (int i = 0; i < _trained.Length; i++)
+            {
+                using var put = _apart[i];
+                _apart[i] = _trained[i].grad?.DetachFromDisposeScope();
+                _trained[i].grad = put;
+            }
         }
 
         /// <summary>Scales by the upstream gradient, accumulates the head's gradients and returns that of the hidden states.</summary>
@@ -194,23 +210,21 @@ public static class LinearCrossEntropy
             if (_finished) throw new InvalidOperationException("The gradients of this loss were already handed out: backward runs once over it.");
             _finished = true;
             using var scope = NewDisposeScope();
-            AccumulateScaled(_head.Weight, _dWeight, upstream);
-            if (_head.Bias is not null) AccumulateScaled(_head.Bias, _dBias, upstream);
-            if (_dHidden is null) return null;
-            var full = zeros([_shape[..^1].Aggregate(1L, (a, b) => a * b), _shape[^1]], _dHidden.dtype, _dHidden.device);
-            full.index_copy_(0, _rows, _dHidden.mul_(upstream.to(_dHidden.dtype)));
+            using var noGrad = no_grad();
+            foreach (var (parameter, gradient) in _trained.Zip(_apart)) Gradients.Accumulate(parameter, gradient!.mul_(upstream.to(gradient.dtype)));
+            Tensor? full = null;
+            if (_dHidden is not null)
+            {
+                full = zeros([_shape[..^1].Aggregate(1L, (a, b) => a * b), _shape[^1]], _dHidden.dtype, _dHidden.device);
+                full.index_copy_(0, _rows, _dHidden.mul_(upstream.to(_dHidden.dtype)));
+            }
             Dispose(); // not when the graph dies, which may be a step later
-            return full.view(_shape).MoveToOuterDisposeScope();
+            return full?.view(_shape).MoveToOuterDisposeScope();
         }
 
         public void Dispose()
         {
-            foreach (var t in new[] { _rows, _dHidden, _dWeight, _dBias }) t?.Dispose();
-        }
-
-        private static void AccumulateScaled(Tensor parameter, Tensor? gradient, Tensor upstream)
-        {
-            if (gradient is not null) Gradients.Accumulate(parameter, gradient.mul_(upstream.to(gradient.dtype)));
+            foreach (var t in _apart.Append(_rows).Append(_dHidden)) t?.Dispose();
         }
     }
 }

@@ -45,7 +45,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         _head = config.TieWordEmbeddings ? new Projection(_embedding.Weight) : new Projection(config.HiddenSize, config.VocabSize, false, dtype, device);
         _rotary = new RotaryEmbedding(config.HeadDim, config.RopeTheta, dtype, device, config.RopeScaling);
         register_module("model", new ModuleGroup(("embed_tokens", _embedding), ("layers", new ModuleGroup([.. _layers.Select((l, i) => ($"{i}", (nn.Module)l))])), ("norm", _norm)));
-        if (!config.TieWordEmbeddings) register_module("lm_head", _head);
+        register_module("lm_head", _head); // a tied one has no parameter of its own, but may have an adapter
         if (initialize) Initialize();
     }
 
@@ -58,7 +58,14 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     /// <summary>Where the weights are.</summary>
     public Device Device { get; }
 
+    /// <summary>The adapter that the model carries (<see cref="LoraExtensions"/>), or null. Its dropout acts in <see cref="ForwardBackward"/> while the model is in training mode.</summary>
+    public LoraConfig? Adapter { get; internal set; }
+
     internal IReadOnlyList<DecoderLayer> Layers => _layers;
+
+    internal TokenEmbedding Embedding => _embedding;
+
+    internal Projection Head => _head;
 
     internal RotaryEmbedding Rotary => _rotary;
 
@@ -87,7 +94,8 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         var targets = Targets(batch);
         if (targets.numel() == 0) return new TokenLoss(zeros([], ScalarType.Float64).MoveToOuterDisposeScope(), 0);
         var plan = new MemoryPlan(Config, batch.RowCount, targets.numel(), DType, options, Device);
-        var rows = Rows(batch, plan.ChunkRows);
+        DropoutRows? dropout = Adapter is { LoraDropout: > 0 } && training ? DropoutRows.NewPass() : null;
+        var rows = Rows(batch, plan.ChunkRows) with { Dropout = dropout };
         var records = new Stack<LayerRecord>();
         try
         {
@@ -99,7 +107,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
                 records.Push(record);
                 x = layer.Forward(x, rows, (q, k, v) => Attend(layer, record, q, k, v), record);
             }
-            var (loss, gradient) = HeadForwardBackward(x, batch.Targets, targets, scale, plan.LogitRows);
+            var (loss, gradient) = HeadForwardBackward(x, batch.Targets, targets, scale, plan.LogitRows, dropout);
             x.Dispose();
             foreach (var layer in _layers.Reverse())
             {
@@ -167,7 +175,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     }
 
     // norm → LM head → loss and all the way back to the last layer's output, on the rows that have a target, a mini-sequence at a time.
-    private (Tensor Loss, Tensor Gradient) HeadForwardBackward(Tensor x, Tensor labels, Tensor targets, double scale, long logitRows)
+    private (Tensor Loss, Tensor Gradient) HeadForwardBackward(Tensor x, Tensor labels, Tensor targets, double scale, long logitRows, DropoutRows? dropout)
     {
         using var scope = NewDisposeScope();
         var loss = zeros([], ScalarType.Float64, Device);
@@ -176,7 +184,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         {
             var at = targets.narrow(0, start, count);
             var h = x.index_select(0, at);
-            var (chunkLoss, dn) = LinearCrossEntropy.Chunk(_norm.forward(h), _head, labels.index_select(0, at), scale, softcap: Config.FinalLogitSoftcapping);
+            var (chunkLoss, dn) = LinearCrossEntropy.Chunk(_norm.forward(h), _head, labels.index_select(0, at), scale, softcap: Config.FinalLogitSoftcapping, dropout: dropout?.From(start));
             loss.add_(chunkLoss);
             gradient.index_copy_(0, at, _norm.Backward(h, dn!));
         });

@@ -44,8 +44,10 @@ public static class Checkpoint
     /// <param name="model">Its weights are written as they are.</param>
     /// <param name="folder">Made where it does not exist.</param>
     /// <param name="maxShardBytes">Weights above it are split into several files.</param>
+    /// <exception cref="InvalidOperationException">The model carries an adapter that is not merged.</exception>
     public static void SavePretrained(this CausalLM model, string folder, long maxShardBytes = 5_000_000_000)
     {
+        if (model.Adapter is not null) throw new InvalidOperationException("The model carries a LoRA adapter. Save that alone (SaveAdapter), or merge it into the weights first (MergeAdapter).");
         Directory.CreateDirectory(folder);
         using (NewDisposeScope())
         using (no_grad())

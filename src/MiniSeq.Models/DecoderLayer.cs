@@ -8,7 +8,8 @@ namespace MiniSeq.Models;
 /// <param name="MaxLength">One more than the largest position.</param>
 /// <param name="Rotary">Tables of the rotary embedding.</param>
 /// <param name="ChunkRows">Rows of a mini-sequence.</param>
-internal sealed record RowContext(Tensor Positions, long MaxLength, RotaryEmbedding Rotary, long ChunkRows);
+/// <param name="Dropout">All rows, for adapters with dropout; null drops nothing.</param>
+internal sealed record RowContext(Tensor Positions, long MaxLength, RotaryEmbedding Rotary, long ChunkRows, DropoutRows? Dropout = null);
 
 /// <summary>What a layer keeps from forward for backward: its input, and more where memory allows. Belongs to no dispose scope.</summary>
 internal sealed class LayerRecord(Tensor input, RecomputePolicy policy) : IDisposable
@@ -147,9 +148,9 @@ internal sealed class DecoderLayer : nn.Module
         Chunking.ForEach(x.size(0), rows.ChunkRows, (start, count) =>
         {
             Tensor At(Tensor t) => t.narrow(0, start, count);
-            var r = AfterAttention(At(x), At(attention));
+            var r = AfterAttention(At(x), At(attention), rows.Dropout?.From(start));
             if (record?.Residual is { } kept) At(kept).copy_(r);
-            var mlp = _mlp.ForwardChunk(_mlpNorm.forward(r), record?.Mlp is var (gate, up) ? (At(gate), At(up)) : null);
+            var mlp = _mlp.ForwardChunk(_mlpNorm.forward(r), record?.Mlp is var (gate, up) ? (At(gate), At(up)) : null, rows.Dropout?.From(start));
             At(y).copy_(Through(_postMlpNorm, mlp).add_(r));
         });
         return inPlace ? x : y.MoveToOuterDisposeScope();
@@ -201,15 +202,16 @@ internal sealed class DecoderLayer : nn.Module
         {
             var h = _attentionNorm.forward(x.narrow(0, start, count));
             var (cos, sin) = rows.Rotary.Rows(rows.Positions.narrow(0, start, count), rows.MaxLength);
+            var dropout = rows.Dropout?.From(start);
             var (qc, kc) = (q.narrow(0, start, count), k.narrow(0, start, count));
-            RotaryEmbedding.Rotate_(qc.copy_(Through(_qNorm, Heads(_q.forward(h)))), cos, sin);
-            RotaryEmbedding.Rotate_(kc.copy_(Through(_kNorm, Heads(_k.forward(h)))), cos, sin);
-            v.narrow(0, start, count).copy_(Heads(_v.forward(h)));
+            RotaryEmbedding.Rotate_(qc.copy_(Through(_qNorm, Heads(_q.forward(h, dropout)))), cos, sin);
+            RotaryEmbedding.Rotate_(kc.copy_(Through(_kNorm, Heads(_k.forward(h, dropout)))), cos, sin);
+            v.narrow(0, start, count).copy_(Heads(_v.forward(h, dropout)));
         });
         return (q, k, v);
     }
 
-    private Tensor AfterAttention(Tensor x, Tensor attention) => Through(_postAttentionNorm, _o.forward(attention)).add_(x);
+    private Tensor AfterAttention(Tensor x, Tensor attention, DropoutRows? dropout) => Through(_postAttentionNorm, _o.forward(attention, dropout)).add_(x);
 
     // dy → dr in place, and the gradient of attention's output.
     private Tensor BackwardAfterAttention(LayerRecord record, Tensor gradient, Tensor output, RowContext rows)
@@ -219,26 +221,27 @@ internal sealed class DecoderLayer : nn.Module
         Chunking.ForEach(gradient.size(0), rows.ChunkRows, (start, count) =>
         {
             Tensor At(Tensor t) => t.narrow(0, start, count);
+            var dropout = rows.Dropout?.From(start);
             var (a, dr) = (At(attention), At(gradient));
-            var r = record.Residual is { } kept ? At(kept) : AfterAttention(At(record.Input), a);
-            dr.add_(BackwardMlp(r, dr, record.Mlp is var (gate, up) ? (At(gate), At(up)) : null)); // dr = dy + the way through the MLP
-            var dProjected = _postAttentionNorm?.Backward(_o.forward(a), dr) ?? dr;
-            _o.AccumulateGradients(a, dProjected);
-            At(dAttention).copy_(_o.InputGradient(dProjected));
+            var r = record.Residual is { } kept ? At(kept) : AfterAttention(At(record.Input), a, dropout);
+            dr.add_(BackwardMlp(r, dr, record.Mlp is var (gate, up) ? (At(gate), At(up)) : null, dropout)); // dr = dy + the way through the MLP
+            var dProjected = _postAttentionNorm?.Backward(_o.forward(a, dropout), dr) ?? dr;
+            _o.AccumulateGradients(a, dProjected, dropout);
+            At(dAttention).copy_(_o.InputGradient(dProjected, dropout));
         });
         return dOutput;
     }
 
     // The gradient of r through norm → MLP → norm, of one mini-sequence.
-    private Tensor BackwardMlp(Tensor r, Tensor dy, (Tensor Gate, Tensor Up)? kept)
+    private Tensor BackwardMlp(Tensor r, Tensor dy, (Tensor Gate, Tensor Up)? kept, DropoutRows? dropout)
     {
         var n = _mlpNorm.forward(r);
         if (_postMlpNorm is not null)
         {
-            kept ??= (_mlp.GateProj.forward(n), _mlp.UpProj.forward(n));
-            dy = _postMlpNorm.Backward(_mlp.OutputChunk(kept.Value.Gate, kept.Value.Up), dy);
+            kept ??= (_mlp.GateProj.forward(n, dropout), _mlp.UpProj.forward(n, dropout));
+            dy = _postMlpNorm.Backward(_mlp.OutputChunk(kept.Value.Gate, kept.Value.Up, dropout), dy);
         }
-        return _mlpNorm.Backward(r, _mlp.BackwardChunk(n, dy, kept)!);
+        return _mlpNorm.Backward(r, _mlp.BackwardChunk(n, dy, kept, dropout: dropout)!);
     }
 
     // dr → dx in place, from the gradients of q, k and v.
@@ -249,15 +252,16 @@ internal sealed class DecoderLayer : nn.Module
             var h = _attentionNorm.forward(xc);
             var (cos, sin) = rows.Rotary.Rows(rows.Positions.narrow(0, start, count), rows.MaxLength);
             sin.neg_(); // the gradient of a rotation turns back
+            var dropout = rows.Dropout?.From(start);
             Tensor? dh = null;
             foreach (var (projection, norm, all) in new[] { (_q, _qNorm, dq), (_k, _kNorm, dk), (_v, null, dv) })
             {
                 var d = all.narrow(0, start, count);
                 if (!ReferenceEquals(all, dv)) RotaryEmbedding.Rotate_(d, cos, sin);
-                d = (norm?.Backward(Heads(projection.forward(h)), d) ?? d).flatten(1);
-                projection.AccumulateGradients(h, d);
-                if (dh is null) dh = projection.InputGradient(d);
-                else projection.AddInputGradient(dh, d);
+                d = (norm?.Backward(Heads(projection.forward(h, dropout)), d) ?? d).flatten(1);
+                projection.AccumulateGradients(h, d, dropout);
+                if (dh is null) dh = projection.InputGradient(d, dropout);
+                else projection.AddInputGradient(dh, d, dropout);
             }
             gradient.narrow(0, start, count).add_(_attentionNorm.Backward(xc, dh!));
         });

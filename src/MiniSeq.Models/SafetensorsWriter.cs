@@ -27,9 +27,13 @@ public static partial class SafetensorsWriter
         ArgumentException.ThrowIfNullOrEmpty(path);
         ArgumentNullException.ThrowIfNull(tensors);
         using var files = new PendingFiles();
-        Write(files.Add(path), Describe(tensors), metadata);
+        Write(files.Add(path), tensors, metadata);
         files.Commit();
     }
+
+    /// <summary>Writes the bytes of one file, as <see cref="Save"/> does.</summary>
+    internal static void Write(Stream stream, IEnumerable<(string Name, Tensor Tensor)> tensors, IReadOnlyDictionary<string, string>? metadata = null) =>
+        Write(stream, Describe(tensors), metadata);
 
     /// <summary>Writes <c>model.safetensors</c>, or where that would exceed <paramref name="maxShardBytes"/>,
     /// <c>model-00001-of-0000N.safetensors</c> and so on with <c>model.safetensors.index.json</c>. Weight files of an earlier save are removed.</summary>

@@ -24,7 +24,7 @@ let private ropeScaling: int -> RopeScaling | null =
     | 3 -> YarnRopeScaling(4.0, 8)
     | _ -> null
 
-let private config (c: DecoderCase) =
+let config (c: DecoderCase) =
     let extras = c.Extras
 
     let layerTypes: LayerType array | null =
@@ -89,16 +89,16 @@ let documentsOf (c: DecoderCase) =
 let modelOf (c: DecoderCase) =
     new CausalLM(config c, dtype c.Precision)
 
-let private options (c: DecoderCase) = ComputeOptions(c.Chunk, c.Recompute)
+let options (c: DecoderCase) = ComputeOptions(c.Chunk, c.Recompute)
 
-let private otherPolicy policy =
+let otherPolicy policy =
     if policy = RecomputePolicy.None then
         RecomputePolicy.Full
     else
         RecomputePolicy.None
 
 /// Two driven steps are compared exactly: bfloat16 is held against the truth, not against itself.
-let private exact (c: DecoderCase) =
+let exact (c: DecoderCase) =
     if c.Precision = BFloat16 then
         { c with Precision = Float64 }
     else
@@ -113,7 +113,7 @@ let private withModel (c: DecoderCase) body =
 let private scale = 0.25
 
 /// The driven step over micro-batches of packed documents: losses are added up, and so are gradients in <c>.grad</c>.
-let private driven (model: CausalLM) options (batches: TokenSequence list list) : Outcome =
+let driven (model: CausalLM) options (batches: TokenSequence list list) : Outcome =
     clear model
 
     let step documents =
@@ -140,10 +140,10 @@ let private driven (model: CausalLM) options (batches: TokenSequence list list) 
     named @ gradientsOf model
 
 /// Without the count of correct predictions, which a rounding may turn.
-let private sums = List.filter (fst >> (<>) "correct")
+let sums = List.filter (fst >> (<>) "correct")
 
 /// The same through one graph a document, with nothing packed and nothing cut.
-let private plain (model: CausalLM) recompute (documents: TokenSequence list) : Outcome =
+let plain (model: CausalLM) recompute (documents: TokenSequence list) : Outcome =
     clear model
 
     let loss (d: TokenSequence) =

@@ -118,6 +118,17 @@ type DecoderCase =
         Seed: int
     }
 
+type LoraCase =
+    {
+        Decoder: DecoderCase
+        Rank: int
+        Alpha: float
+        Rslora: bool
+        Targets: string list
+        /// Whether the parameters below the adapter are trained, too.
+        BaseTrained: bool
+    }
+
 /// A network whose blocks may be recomputed, each as a function or as a module.
 type Step =
     | Linear
@@ -444,6 +455,47 @@ let private validDecoder (c: DecoderCase) =
     && (c.Precision <> BFloat16 || not (c.Extras.QkNorm || c.Extras.PostNorms))
     && known decoderNames c.Frozen
 
+let private loraTargets =
+    [
+        "q_proj"
+        "k_proj"
+        "v_proj"
+        "o_proj"
+        "gate_proj"
+        "up_proj"
+        "down_proj"
+        "embed_tokens"
+        "lm_head"
+    ]
+
+let private lora =
+    gen {
+        let! decoder = decoder
+        let! rank = Gen.choose (1, 5)
+        let! alpha = Gen.elements [ 0.5; 1.0; 2.0 ]
+        let! rslora = Gen.elements [ false; true ]
+        let! first = Gen.elements loraTargets
+        let! others = Gen.subListOf loraTargets
+        let! baseTrained = Gen.elements [ false; true ]
+
+        return
+            {
+                Decoder = decoder
+                Rank = rank
+                Alpha = alpha
+                Rslora = rslora
+                Targets = List.distinct (first :: List.ofSeq others)
+                BaseTrained = baseTrained
+            }
+    }
+
+let private validLora (c: LoraCase) =
+    validDecoder c.Decoder
+    && c.Rank > 0
+    && System.Double.IsFinite c.Alpha
+    && not c.Targets.IsEmpty
+    && known loraTargets c.Targets
+
 let private step =
     let leaf = Gen.elements [ Linear; Gelu; Dropout ]
 
@@ -519,6 +571,8 @@ type Cases =
             && List.forall (fun n -> n > 0) (c.KvHeads :: c.Groups :: c.HeadDim :: c.Lengths))
 
     static member Decoder() = decoder |> shrinking validDecoder
+
+    static member Lora() = lora |> shrinking validLora
 
     static member Network() =
         network

@@ -151,6 +151,52 @@ public sealed class TrainerTests
         Assert.Contains("frozen", Assert.Throws<ArgumentException>(() => Trainer.Train(model, Documents(5), null, new TrainingOptions())).Message);
     }
 
+    [Theory]
+    [InlineData(0, ScalarType.Float32)]
+    [InlineData(0.1, ScalarType.BFloat16)]
+    public void AnAdapterLearnsAndTheModelBelowStays(double dropout, ScalarType dtype)
+    {
+        using var model = Model(dtype: dtype);
+        var below = Weights(model);
+        model.AddAdapter(new LoraConfig { R = 4, LoraDropout = dropout });
+        var start = Trainer.Evaluate(model, Documents(8, 9));
+        var result = Trainer.Train(model, Documents(64), Documents(8, 9), new TrainingOptions { NumTrainEpochs = 10, BatchSize = 4, LearningRate = 2e-2 });
+        Assert.True(result.FinalEvaluation!.Loss < start.Loss * 0.7, $"{start.Loss} → {result.FinalEvaluation.Loss}");
+        var after = Weights(model);
+        foreach (var (name, values) in below) Assert.Equal(values, after[name]);
+        Assert.All(model.named_parameters(), p => Assert.Equal(p.name.Contains("lora_"), p.parameter.requires_grad));
+        model.MergeAdapter();
+        Assert.Equal(result.FinalEvaluation.Loss, Trainer.Evaluate(model, Documents(8, 9)).Loss, dtype == ScalarType.Float32 ? 1e-4 : 0.1);
+    }
+
+    [Fact]
+    public void ASeedMakesTwoRunsWithDropoutBitIdentical()
+    {
+        Dictionary<string, float[]> Run(int seed)
+        {
+            using var model = Model();
+            model.AddAdapter(new LoraConfig { LoraDropout = 0.2 });
+            Trainer.Train(model, Documents(13), null, new TrainingOptions { MaxSteps = 4, BatchSize = 2, LearningRate = 1e-2, Shuffle = false, Seed = seed });
+            return Weights(model);
+        }
+        Assert.Equal(Run(1), Run(1));
+        Assert.NotEqual(Run(1), Run(2)); // nothing but the masks differs
+    }
+
+    [Fact]
+    public void TheBestAdapterComesBack()
+    {
+        using var model = Model();
+        var below = Weights(model);
+        model.AddAdapter(new LoraConfig());
+        var options = new TrainingOptions { NumTrainEpochs = 200, BatchSize = 8, LearningRate = 0.3, LrSchedulerType = LrSchedulerType.Constant, EvalSteps = 1, EarlyStoppingPatience = 2, LoadBestModelAtEnd = true };
+        var result = Trainer.Train(model, Documents(16), Documents(8, 9), options);
+        Assert.True(result.StoppedEarly);
+        Assert.Equal(result.FinalEvaluation!.Loss, Trainer.Evaluate(model, Documents(8, 9)).Loss, 1e-9);
+        var after = Weights(model);
+        foreach (var (name, values) in below) Assert.Equal(values, after[name]);
+    }
+
     [Fact]
     public void BFloat16TrainsThroughAFloat32Master()
     {
@@ -169,10 +215,13 @@ public sealed class TrainerTests
         Assert.Contains("nothing to evaluate", Assert.Throws<ArgumentException>(() => Trainer.Evaluate(model, [new TokenSequence([1], [1])])).Message);
     }
 
-    [Fact]
-    public void ALongRunLeaksNoTensor()
+    [Theory]
+    [InlineData(false)]
+    [InlineData(true)]
+    public void ALongRunLeaksNoTensor(bool adapted)
     {
         using var model = Model();
+        if (adapted) model.AddAdapter(new LoraConfig { LoraDropout = 0.1, TargetModules = ["q_proj", "down_proj", "embed_tokens", "lm_head"] });
         long after = 0, largest = 0;
         Trainer.Train(model, Documents(16), Documents(2), new TrainingOptions { MaxSteps = 300, BatchSize = 2, GradientAccumulationSteps = 2 }, new Callback(p =>
         {
