@@ -146,18 +146,75 @@ let ``shards give back names, types, shapes and bytes`` (c: FileCase) =
             .&. (Array.forall known files |> Prop.label "no file of before is left")
             .&. (Array.forall fits files |> Prop.label "no shard is too large")))
 
+/// The case as a family whose config.json has a place for all of it.
+let private inFamily (c: DecoderCase) =
+    let plain =
+        { c with
+            AttentionBias = false
+            MlpBias = false
+            Extras =
+                { noExtras with
+                    RopeScaling = min 2 c.Extras.RopeScaling
+                }
+        }
+
+    let sliding =
+        { plain with
+            Extras =
+                { plain.Extras with
+                    Window = c.Extras.Window
+                }
+        }
+
+    match c.Seed % 5 with
+    | 0 ->
+        "llama",
+        { plain with
+            AttentionBias = c.AttentionBias
+            MlpBias = c.MlpBias
+        }
+    | 1 -> "mistral", sliding
+    | 2 -> "phi3", sliding
+    | 3 ->
+        "qwen3",
+        { sliding with
+            AttentionBias = c.AttentionBias
+            Extras =
+                { sliding.Extras with
+                    QkNorm = true
+                    Alternate = c.Extras.Alternate
+                }
+        }
+    | _ ->
+        "gemma2",
+        { c with
+            MlpBias = false
+            Extras =
+                { c.Extras with
+                    QkNorm = false
+                    PostNorms = true
+                    UnitOffset = true
+                    ScaleEmbeddings = true
+                    RopeScaling = sliding.Extras.RopeScaling
+                }
+        }
+
 [<Property>]
 let ``a checkpoint gives back the configuration, every weight and the logits``
     (c: DecoderCase)
     (PositiveInt shardBytes)
     =
+    let family, c = inFamily c
+
     let values (config: DecoderConfig) =
-        [
-            for p in typeof<DecoderConfig>.GetProperties() ->
-                match p.GetValue config with
-                | :? string as text -> p.Name, [ box text ]
-                | :? IEnumerable as many -> p.Name, List.ofSeq (Seq.cast<obj> many)
-                | value -> p.Name, [ value ]
+        ("windows", [ for layer in 0 .. config.NumHiddenLayers - 1 -> box (config.WindowOf layer) ])
+        :: [
+            for p in typeof<DecoderConfig>.GetProperties() do
+                if p.Name <> nameof config.LayerTypes then
+                    match p.GetValue config with
+                    | :? string as text -> p.Name, [ box text ]
+                    | :? IEnumerable as many -> p.Name, List.ofSeq (Seq.cast<obj> many)
+                    | value -> p.Name, [ value ]
         ]
 
     let weights (model: CausalLM) dtype =
@@ -168,7 +225,7 @@ let ``a checkpoint gives back the configuration, every weight and the logits``
 
     inScope (fun () ->
         inFolder (fun folder ->
-            use model = DecoderProperties.modelOf c
+            use model = new CausalLM(DecoderProperties.configAs family c, dtype c.Precision)
             prepare c.Seed [] model
             model.SavePretrained(folder, int64 shardBytes * 20L)
             use loaded = Checkpoint.LoadPretrained folder

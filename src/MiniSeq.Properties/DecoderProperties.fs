@@ -24,7 +24,7 @@ let private ropeScaling: int -> RopeScaling | null =
     | 3 -> YarnRopeScaling(4.0, 8)
     | _ -> null
 
-let config (c: DecoderCase) =
+let configAs modelType (c: DecoderCase) =
     let extras = c.Extras
 
     let layerTypes: LayerType array | null =
@@ -40,6 +40,7 @@ let config (c: DecoderCase) =
             |]
 
     DecoderConfig(
+        ModelType = modelType,
         VocabSize = c.Vocabulary,
         HiddenSize = c.Hidden,
         IntermediateSize = c.Intermediate,
@@ -66,10 +67,13 @@ let config (c: DecoderCase) =
         ScaleEmbeddings = extras.ScaleEmbeddings,
         AttnLogitSoftcapping = given extras.CappedScores 2.0,
         FinalLogitSoftcapping = given extras.CappedLogits 3.0,
+        QueryPreAttnScalar = given (modelType = "gemma2") 5.0,
         SlidingWindow = given (extras.Window > 0) extras.Window,
         LayerTypes = layerTypes,
         RopeScaling = ropeScaling extras.RopeScaling
     )
+
+let config = configAs "llama"
 
 let private ignored = LinearCrossEntropy.IgnoreIndex
 
