@@ -120,6 +120,15 @@ public sealed class LoraAdapter : IDisposable
         });
     }
 
+    /// <summary>W + s left right, a new tensor.</summary>
+    internal Tensor Merged(Tensor weight, Tensor left, Tensor right)
+    {
+        using var noGrad = no_grad();
+        var merged = weight.clone();
+        MergeInto(merged, left, right);
+        return merged;
+    }
+
     /// <inheritdoc/>
     public void Dispose()
     {

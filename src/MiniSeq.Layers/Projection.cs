@@ -98,6 +98,9 @@ public sealed class Projection : nn.Module<Tensor, Tensor>
         adapter.Dispose();
     }
 
+    /// <summary>W + s B A [out, in], a new tensor; W itself where there is no adapter.</summary>
+    public Tensor MergedWeight() => _adapter is null ? _weight : _adapter.Merged(_weight, _adapter.B, _adapter.A);
+
     private static Parameter InitialWeight(long inFeatures, long outFeatures, ScalarType dtype, Device? device)
     {
         double bound = 1 / Math.Sqrt(inFeatures);

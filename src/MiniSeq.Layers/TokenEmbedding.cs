@@ -67,4 +67,12 @@ public sealed class TokenEmbedding : nn.Module<Tensor, Tensor>
         Adapter = null;
         adapter.Dispose();
     }
+
+    /// <summary>E + s (B A)ᵀ [V, d], a new tensor; E itself where there is no adapter.</summary>
+    public Tensor MergedWeight()
+    {
+        if (_adapter is not { } adapter) return _weight;
+        using var scope = NewDisposeScope();
+        return adapter.Merged(_weight, adapter.A.t(), adapter.B.t()).MoveToOuterDisposeScope();
+    }
 }

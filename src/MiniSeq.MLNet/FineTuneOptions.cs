@@ -25,6 +25,12 @@ public sealed class FineTuneOptions
     /// <summary>Tokenizer of a new model, which names its first and last token of a text. A checkpoint brings its own.</summary>
     public HuggingFaceTokenizer? Tokenizer { get; set; }
 
+    /// <summary>Trains a LoRA adapter of the checkpoint, which itself stays as it is; null trains all weights.</summary>
+    public LoraConfig? Lora { get; set; }
+
+    /// <summary>The type in which the model computes.</summary>
+    public Precision Precision { get; set; }
+
     /// <summary>Text around the document, with <c>{input}</c> once; the label follows it.</summary>
     public string PromptTemplate { get; set; } = "{input}\n\nSummary:\n";
 
@@ -58,7 +64,7 @@ public sealed class FineTuneOptions
     public IDataView? ValidationSet { get; set; }
 
     /// <summary>
-    /// Folder to write the weights to when the model is saved, absolute or relative: to the zip file for <c>mlContext.MiniSeq().Save</c>,
+    /// Folder to write the weights, or the adapter, to when the model is saved, absolute or relative: to the zip file for <c>mlContext.MiniSeq().Save</c>,
     /// to the current directory for <c>mlContext.Model.Save</c>, which does not tell where the file is. Null is <c>miniseq-model-</c> and the
     /// beginning of the SHA-256 of what is in it.
     /// </summary>
@@ -79,6 +85,8 @@ public sealed class FineTuneOptions
         if (LabelColumnName is "") throw new ArgumentException("LabelColumnName is empty; null learns the input text itself.", nameof(LabelColumnName));
         if (Model is null == Config is null) throw new ArgumentException("Give either Model, the folder of a checkpoint to start from, or Config, the shape of a new model.", nameof(Model));
         if (Config is null != Tokenizer is null) throw new ArgumentException("Tokenizer goes with Config, a new model; a checkpoint brings its own.", nameof(Tokenizer));
+        if (Lora is not null && Model is null) throw new ArgumentException("Lora goes with Model: an adapter of random weights is of no use.", nameof(Lora));
+        Lora?.Validate();
         ArgumentNullException.ThrowIfNull(PromptTemplate);
         ArgumentNullException.ThrowIfNull(Training);
         ArgumentNullException.ThrowIfNull(Generation);

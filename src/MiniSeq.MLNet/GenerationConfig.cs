@@ -1,3 +1,4 @@
+using System.Text;
 using System.Text.Json;
 using System.Text.Json.Nodes;
 using MiniSeq.Models;
@@ -23,6 +24,8 @@ internal static class GenerationConfig
         // The first is what ends a training text.
         int[] eos = [.. tokenizer.EosTokenId is { } first ? new[] { first } : [], .. tokenizer.EosTokenIds.Union(endOfTurnTokenId is { } end ? [end] : []).Where(id => id != tokenizer.EosTokenId).Order()];
         if (eos.Length > 0) json["eos_token_id"] = new JsonArray([.. eos.Select(id => (JsonNode)id)]);
-        File.WriteAllText(Path.Combine(folder, "generation_config.json"), json.ToJsonString(s_json));
+        using var files = new PendingFiles();
+        files.Add(Path.Combine(folder, "generation_config.json")).Write(Encoding.UTF8.GetBytes(json.ToJsonString(s_json)));
+        files.Commit();
     }
 }

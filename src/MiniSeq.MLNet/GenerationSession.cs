@@ -11,9 +11,9 @@ internal sealed class GenerationSession : IDisposable
     private bool _disposed;
 
     /// <summary>Takes the model over: it is disposed with the session, and here if the settings do not fit it.</summary>
-    public GenerationSession(CausalLM model, HuggingFaceTokenizer tokenizer, PipelineSettings settings)
+    public GenerationSession(CausalLM model, HuggingFaceTokenizer tokenizer, PipelineSettings settings, ModelFiles? adapted = null)
     {
-        (Model, Tokenizer, Settings) = (model, tokenizer, settings);
+        (Model, Tokenizer, Settings, Adapted) = (model, tokenizer, settings, adapted);
         try
         {
             _prompts = settings.Encoder(tokenizer);
@@ -31,6 +31,9 @@ internal sealed class GenerationSession : IDisposable
     public HuggingFaceTokenizer Tokenizer { get; }
 
     public PipelineSettings Settings { get; }
+
+    /// <summary>The checkpoint below the model's adapter; null where there is no adapter.</summary>
+    public ModelFiles? Adapted { get; }
 
     public bool IsDisposed => Volatile.Read(ref _disposed);
 
@@ -83,13 +86,18 @@ internal sealed class GenerationSession : IDisposable
         }
     }
 
-    /// <summary>Writes a Hugging Face folder: config.json, generation_config.json, weights and tokenizer.</summary>
-    public void SavePretrained(string folder)
+    /// <summary>Writes a Hugging Face folder: config.json, generation_config.json, weights, with the adapter merged into them, and tokenizer.</summary>
+    public void SavePretrained(string folder) => Save(folder, () => Model.SavePretrained(folder, mergeAdapter: true));
+
+    /// <summary>Writes a PEFT folder: adapter_config.json, adapter_model.safetensors, and the tokenizer.</summary>
+    public void SaveAdapter(string folder) => Save(folder, () => Model.SaveAdapter(folder));
+
+    private void Save(string folder, Action saveWeights)
     {
         lock (_lock)
         {
             ObjectDisposedException.ThrowIf(_disposed, typeof(MiniSeqTransformer));
-            Model.SavePretrained(folder);
+            saveWeights();
             Tokenizer.SavePretrained(folder);
             GenerationConfig.Write(folder, Tokenizer, Settings.Generation, Settings.EndOfTurnTokenId(Tokenizer));
         }

@@ -1,15 +1,22 @@
 using System.Text.Json;
+using System.Text.Json.Serialization;
 
 namespace MiniSeq.MLNet;
 
 /// <summary>What is inside the zip file: the settings, and which files must lie beside it.</summary>
 /// <param name="Version">Of this format.</param>
 /// <param name="Settings">Columns, template, lengths, generation.</param>
-/// <param name="Folder">Absolute path of the Hugging Face folder when it was written.</param>
+/// <param name="Folder">Absolute path of the Hugging Face folder, or of the adapter's, when it was written.</param>
 /// <param name="Files">Every file of the folder, by name.</param>
-internal sealed record Manifest(int Version, PipelineSettings Settings, string Folder, IReadOnlyDictionary<string, FileSeal> Files)
+/// <param name="Adapted">The checkpoint that the adapter is for; null where the folder has the weights themselves.</param>
+internal sealed record Manifest(int Version, PipelineSettings Settings, string Folder, IReadOnlyDictionary<string, FileSeal> Files, ModelFiles? Adapted = null)
 {
-    private const int CurrentVersion = 1;
+    private const int WithoutAdapter = 1; // readable by the first version of the library
+    private const int CurrentVersion = 2;
+
+    /// <summary>The folder beside the zip file.</summary>
+    [JsonIgnore]
+    public ModelFiles Weights => new(Folder, Files);
 
     public string ToJson() => JsonSerializer.Serialize(this);
 
@@ -19,9 +26,9 @@ internal sealed record Manifest(int Version, PipelineSettings Settings, string F
         try
         {
             var manifest = JsonSerializer.Deserialize<Manifest>(json.Span) ?? throw new JsonException("it is null");
-            if (manifest.Version != CurrentVersion)
-                throw new InvalidDataException($"The MiniSeq model has manifest version {manifest.Version}; this library reads version {CurrentVersion}. Update MiniSeq.MLNet.");
-            if (manifest.Settings is null || manifest.Folder is null || manifest.Files is null || manifest.Files.Keys.Any(name => Path.GetFileName(name) != name))
+            if (manifest.Version is not (WithoutAdapter or CurrentVersion))
+                throw new InvalidDataException($"The MiniSeq model has manifest version {manifest.Version}; this library reads versions {WithoutAdapter} to {CurrentVersion}. Update MiniSeq.MLNet.");
+            if (manifest.Settings is null || !manifest.Weights.IsWhole || manifest.Adapted is { IsWhole: false })
                 throw new JsonException("a part is missing, or a file is not in the folder itself");
             return manifest;
         }
@@ -38,7 +45,7 @@ internal sealed record Manifest(int Version, PipelineSettings Settings, string F
     {
         string place = ModelPlace.Folder ?? Environment.CurrentDirectory;
         string? wanted = weightsFolder is null ? null : Path.GetFullPath(weightsFolder, place);
-        var (folder, files) = WeightsFolder.Write(session.SavePretrained, Path.GetDirectoryName(wanted) ?? place, wanted);
-        return new Manifest(CurrentVersion, session.Settings, folder, files);
+        var (folder, files) = WeightsFolder.Write(session.Adapted is null ? session.SavePretrained : session.SaveAdapter, Path.GetDirectoryName(wanted) ?? place, wanted);
+        return new Manifest(session.Adapted is null ? WithoutAdapter : CurrentVersion, session.Settings, folder, files, session.Adapted);
     }
 }

@@ -1,4 +1,5 @@
 using Microsoft.ML;
+using Microsoft.ML.Runtime;
 using MiniSeq.Training;
 
 namespace MiniSeq.MLNet;
@@ -45,6 +46,37 @@ public sealed class MiniSeqCatalog
     {
         ArgumentNullException.ThrowIfNull(options);
         return new MiniSeqEstimator(_context, options);
+    }
+
+    /// <summary>A checkpoint as it is, without training: to write texts, to be evaluated, or as a step of a pipeline.</summary>
+    /// <param name="model">Folder with config.json, model.safetensors and tokenizer.json.</param>
+    /// <param name="adapter">Folder of a PEFT adapter for it, with adapter_config.json and adapter_model.safetensors; null uses none.</param>
+    /// <param name="inputColumnName">The document.</param>
+    /// <param name="outputColumnName">Gets the generated text.</param>
+    /// <param name="promptTemplate">Text around the document, with <c>{input}</c> once.</param>
+    /// <param name="maxLength">The most tokens of a prompt and what is written after it; null takes the model's.</param>
+    /// <exception cref="ArgumentException">A value is outside its range.</exception>
+    /// <exception cref="FileNotFoundException">A folder lacks a file.</exception>
+    /// <exception cref="InvalidDataException">A file is damaged, or the adapter is another model's.</exception>
+    /// <exception cref="NotSupportedException">An architecture or setting that this library does not compute.</exception>
+    public MiniSeqTransformer LoadPretrained(string model, string? adapter = null, string inputColumnName = "Document", string outputColumnName = "GeneratedText",
+        string promptTemplate = DocumentEncoder.InputPlaceholder, int? maxLength = null) => LoadPretrained(new PretrainedOptions
+        {
+            Model = model,
+            Adapter = adapter,
+            InputColumnName = inputColumnName,
+            OutputColumnName = outputColumnName,
+            PromptTemplate = promptTemplate,
+            MaxLength = maxLength,
+        });
+
+    /// <summary>The same with all options.</summary>
+    public MiniSeqTransformer LoadPretrained(PretrainedOptions options)
+    {
+        ArgumentNullException.ThrowIfNull(options);
+        var host = ((IHostEnvironment)_context).Register(nameof(MiniSeqTransformer));
+        using var channel = host.Start("Loading");
+        return new MiniSeqTransformer(_context, SessionStart.Open(options.Checked(), options.Adapter, host.Rand.Next(), ComputeDevice.Of(_context), channel), options.WeightsFolder);
     }
 
     /// <summary>The model in a fitted or loaded pipeline, for single texts, evaluation and scoring in batches.</summary>

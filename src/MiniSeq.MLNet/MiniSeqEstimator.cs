@@ -1,9 +1,7 @@
-using System.Globalization;
 using Microsoft.ML;
 using Microsoft.ML.Runtime;
 using MiniSeq.Models;
 using MiniSeq.Training;
-using static TorchSharp.torch;
 
 namespace MiniSeq.MLNet;
 
@@ -37,6 +35,7 @@ public sealed class MiniSeqEstimator : IEstimator<MiniSeqTransformer>
     {
         (_context, _options) = (context, options.Copy());
         _options.Validate();
+        if (_options.LabelColumnName is null) _options.PromptTemplate = DocumentEncoder.InputPlaceholder; // learned as it is, so continued as it is
         _host = ((IHostEnvironment)context).Register(nameof(MiniSeqEstimator));
         _seed = _options.Seed ?? _host.Rand.Next(); // here and not in Fit, so that fitting twice gives the same model twice
     }
@@ -69,7 +68,7 @@ public sealed class MiniSeqEstimator : IEstimator<MiniSeqTransformer>
         if (_options.ValidationSet is { } validation) CheckColumns(validation.Schema);
         _options.CancellationToken.ThrowIfCancellationRequested();
         using var channel = _host.Start("Fine-tuning");
-        var session = StartSession(ComputeDevice.Of(_context));
+        var session = SessionStart.Open(_options, adapter: null, _seed, ComputeDevice.Of(_context), channel);
         try
         {
             Train(session, input, channel);
@@ -88,68 +87,30 @@ public sealed class MiniSeqEstimator : IEstimator<MiniSeqTransformer>
         if (_options.LabelColumnName is { } label) TextRows.Column(schema, "label", label);
     }
 
-    private GenerationSession StartSession(Device device)
-    {
-        // The tokenizer and the configuration first: quick to read, and quick to be wrong.
-        var tokenizer = _options.Tokenizer ?? HuggingFaceTokenizer.FromPretrained(ExistingModel());
-        int? endOfTurn = _options.ChatTemplate is { } kind ? new ChatTemplate(tokenizer, kind).EndOfTurnTokenId : null;
-        random.manual_seed(_seed);
-        var model = _options.Config is { } config
-            ? new CausalLM(config with { BosTokenId = tokenizer.BosTokenId, EosTokenIds = [.. tokenizer.EosTokenIds] }, device: device)
-            : Checkpoint.LoadPretrained(_options.Model!, device: device);
-        return new GenerationSession(model, tokenizer, Settings(model.Config, [.. model.Config.EosTokenIds, .. tokenizer.EosTokenIds, .. endOfTurn is { } end ? new[] { end } : []]));
-    }
-
-    private string ExistingModel()
-    {
-        DecoderConfig.FromPretrained(_options.Model!);
-        return _options.Model!;
-    }
-
-    private PipelineSettings Settings(DecoderConfig config, IEnumerable<int> eosTokenIds) => new()
-    {
-        InputColumnName = _options.InputColumnName,
-        OutputColumnName = _options.OutputColumnName,
-        LabelColumnName = _options.LabelColumnName,
-        PromptTemplate = _options.LabelColumnName is null ? DocumentEncoder.InputPlaceholder : _options.PromptTemplate,
-        ChatTemplate = _options.ChatTemplate,
-        CompletionOnlyLoss = _options.CompletionOnlyLoss,
-        MaxLength = _options.MaxLength ?? config.MaxPositionEmbeddings,
-        InferenceBatchSize = _options.InferenceBatchSize,
-        Generation = _options.Generation with
-        {
-            EosTokenIds = [.. (_options.Generation.EosTokenIds ?? eosTokenIds).Distinct()],
-            Seed = _options.Generation.Seed ?? _seed,
-        },
-    };
-
     private void Train(GenerationSession session, IDataView input, IChannel channel)
     {
-        Say(channel, $"seed {_seed}, device {session.Model.Device}, {session.Model.parameters().Sum(p => p.numel()):N0} parameters, at most {session.Settings.MaxLength} tokens a sequence");
+        channel.Say($"seed {_seed}, device {session.Model.Device}, {session.Model.DType}, {session.Model.parameters().Sum(p => p.numel()):N0} parameters, {session.Model.parameters().Where(p => p.requires_grad).Sum(p => p.numel()):N0} of them trained, at most {session.Settings.MaxLength} tokens a sequence");
         var documents = Read(session, input, "training", channel);
         var validation = _options.ValidationSet is { } rows ? Read(session, rows, "validation", channel) : null;
         var result = Trainer.Train(session.Model, documents, validation, _options.Training with { Seed = _seed }, new Reporter(channel, _options.Progress), _options.CancellationToken);
-        Say(channel, $"trained {result.Steps} steps, mean loss {result.TrainLoss:F4}{(result.StoppedEarly ? ", stopped early" : "")}");
+        channel.Say($"trained {result.Steps} steps, mean loss {result.TrainLoss:F4}{(result.StoppedEarly ? ", stopped early" : "")}");
     }
 
     private List<TokenSequence> Read(GenerationSession session, IDataView data, string use, IChannel channel)
     {
         var encoder = session.Settings.Encoder(session.Tokenizer);
         var (sequences, skipped) = TextRows.Read(data, _options.InputColumnName, _options.LabelColumnName, encoder, _options.CancellationToken);
-        Say(channel, $"{use} rows: {sequences.Count} with {sequences.Sum(s => (long)s.Length)} tokens, {sequences.Sum(s => s.TargetCount)} of them targets; {encoder.TruncatedCount} documents truncated; {skipped} rows skipped for an empty text");
+        channel.Say($"{use} rows: {sequences.Count} with {sequences.Sum(s => (long)s.Length)} tokens, {sequences.Sum(s => s.TargetCount)} of them targets; {encoder.TruncatedCount} documents truncated; {skipped} rows skipped for an empty text");
         return sequences;
     }
-
-    private static void Say(IChannel channel, FormattableString message) =>
-        channel.Info(MessageSensitivity.None, "{0}", message.ToString(CultureInfo.InvariantCulture));
 
     /// <summary>Each report to the log and to the user's own listener.</summary>
     private sealed class Reporter(IChannel channel, IProgress<TrainingProgress>? listener) : IProgress<TrainingProgress>
     {
         public void Report(TrainingProgress p)
         {
-            if (p.Step > 0) Say(channel, $"step {p.Step}/{p.TotalSteps}: loss {p.Loss:F4}, learning rate {p.LearningRate:G3}, {p.TokensPerSecond:F0} tokens/s, peak memory {p.PeakMemoryBytes >> 20} MiB");
-            if (p.Evaluation is { } e) Say(channel, $"step {p.Step}/{p.TotalSteps}: validation loss {e.Loss:F4}, perplexity {e.Perplexity:F3}, token accuracy {e.Accuracy:F4}");
+            if (p.Step > 0) channel.Say($"step {p.Step}/{p.TotalSteps}: loss {p.Loss:F4}, learning rate {p.LearningRate:G3}, {p.TokensPerSecond:F0} tokens/s, peak memory {p.PeakMemoryBytes >> 20} MiB");
+            if (p.Evaluation is { } e) channel.Say($"step {p.Step}/{p.TotalSteps}: validation loss {e.Loss:F4}, perplexity {e.Perplexity:F3}, token accuracy {e.Accuracy:F4}");
             listener?.Report(p);
         }
     }

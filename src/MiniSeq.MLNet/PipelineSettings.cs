@@ -1,6 +1,7 @@
 using System.Text.Json.Serialization;
 using MiniSeq.Models;
 using MiniSeq.Training;
+using static TorchSharp.torch;
 
 namespace MiniSeq.MLNet;
 
@@ -18,6 +19,10 @@ internal sealed record PipelineSettings
     /// <summary>Null in manifests from before there were chat templates, too.</summary>
     [JsonConverter(typeof(JsonStringEnumConverter<ChatTemplateKind>))]
     public ChatTemplateKind? ChatTemplate { get; init; }
+
+    /// <summary>The type in which the model computes; null in manifests from before it could be chosen, which is that of the weights.</summary>
+    [JsonConverter(typeof(JsonStringEnumConverter<ScalarType>))]
+    public ScalarType? DType { get; init; }
 
     public required bool CompletionOnlyLoss { get; init; }
 

@@ -81,8 +81,19 @@ internal sealed class SavedMapping(IReadOnlyList<string> places)
 
     private GenerationSession Read(Manifest manifest, Device? device)
     {
-        string folder = WeightsFolder.Find(manifest, places);
+        string folder = WeightsFolder.Find(manifest.Weights, manifest.Adapted is null ? "The weights" : "The adapter", places);
+        string checkpoint = manifest.Adapted is { } adapted ? WeightsFolder.Find(adapted, "The checkpoint below the adapter", places) : folder;
         var tokenizer = HuggingFaceTokenizer.FromPretrained(folder);
-        return new GenerationSession(Checkpoint.LoadPretrained(folder, device: device), tokenizer, manifest.Settings);
+        var model = Checkpoint.LoadPretrained(checkpoint, manifest.Settings.DType, device);
+        try
+        {
+            if (manifest.Adapted is not null) model.LoadAdapter(folder);
+            return new GenerationSession(model, tokenizer, manifest.Settings, manifest.Adapted);
+        }
+        catch
+        {
+            model.Dispose();
+            throw;
+        }
     }
 }

@@ -1,6 +1,8 @@
 using System.Security.Cryptography;
 using System.Text;
+using System.Text.Json.Serialization;
 using System.Text.RegularExpressions;
+using MiniSeq.Models;
 
 namespace MiniSeq.MLNet;
 
@@ -13,6 +15,28 @@ internal sealed record FileSeal(long Bytes, string Sha256)
     {
         using var stream = File.OpenRead(path);
         return new FileSeal(stream.Length, Convert.ToHexStringLower(SHA256.HashData(stream)));
+    }
+}
+
+/// <summary>A folder of a model and what its files must be.</summary>
+/// <param name="Folder">Absolute path when it was written, or read.</param>
+/// <param name="Files">By name.</param>
+internal sealed record ModelFiles(string Folder, IReadOnlyDictionary<string, FileSeal> Files)
+{
+    /// <summary>Whether a manifest says all of it, and names no file elsewhere.</summary>
+    [JsonIgnore]
+    public bool IsWhole => Folder is not null && Files is not null && Files.Keys.All(name => Path.GetFileName(name) == name);
+
+    /// <summary>The file that tells a folder of this kind.</summary>
+    [JsonIgnore]
+    public string ConfigName => Files.ContainsKey(LoraExtensions.ConfigName) ? LoraExtensions.ConfigName : "config.json";
+
+    /// <summary>The configuration and the weights of a checkpoint, as they are now.</summary>
+    public static ModelFiles OfCheckpoint(string folder)
+    {
+        string full = Path.TrimEndingDirectorySeparator(Path.GetFullPath(folder));
+        var files = Directory.GetFiles(full).Where(f => Path.GetFileName(f) == "config.json" || WeightsFolder.WeightFile.IsMatch(Path.GetFileName(f)));
+        return new ModelFiles(full, new SortedDictionary<string, FileSeal>(files.ToDictionary(f => Path.GetFileName(f), FileSeal.Of), StringComparer.Ordinal));
     }
 }
 
@@ -44,51 +68,52 @@ internal static partial class WeightsFolder
         }
     }
 
-    /// <summary>The first place with the very files of the manifest.</summary>
-    /// <param name="manifest">Says what is looked for.</param>
+    /// <summary>The first place with the very files.</summary>
+    /// <param name="model">What is looked for.</param>
+    /// <param name="what">The same in words.</param>
     /// <param name="places">Folders the zip file may be in.</param>
     /// <exception cref="FileNotFoundException">The folder, or a file in it, is nowhere.</exception>
     /// <exception cref="InvalidDataException">A file is not what was saved.</exception>
-    public static string Find(Manifest manifest, IReadOnlyList<string> places)
+    public static string Find(ModelFiles model, string what, IReadOnlyList<string> places)
     {
-        List<string> candidates = [.. Candidates(manifest, places).Distinct()];
+        List<string> candidates = [.. Candidates(model, places).Distinct()];
         Exception? first = null;
         foreach (string folder in candidates.Where(Directory.Exists))
         {
-            if (Problem(folder, manifest) is not { } problem) return folder;
+            if (Problem(folder, model) is not { } problem) return folder;
             first ??= problem;
         }
-        string name = Path.GetFileName(manifest.Folder);
-        throw first ?? new FileNotFoundException($"The weights of this MiniSeq model are in a folder '{name}' beside it, and that is in none of these places: {string.Join(", ", candidates)}. "
-            + $"Copy the folder there, or say where it is in the environment variable {PathVariable} or in MiniSeqCatalog.ModelSearchPaths.", manifest.Folder);
+        string name = Path.GetFileName(model.Folder);
+        throw first ?? new FileNotFoundException($"{what} of this MiniSeq model is a folder '{name}', and that is in none of these places: {string.Join(", ", candidates)}. "
+            + $"Copy the folder there, or say where it is in the environment variable {PathVariable} or in MiniSeqCatalog.ModelSearchPaths.", model.Folder);
     }
 
-    private static IEnumerable<string> Candidates(Manifest manifest, IReadOnlyList<string> places)
+    private static IEnumerable<string> Candidates(ModelFiles model, IReadOnlyList<string> places)
     {
-        string name = Path.GetFileName(manifest.Folder);
+        string name = Path.GetFileName(model.Folder);
         string? variable = Environment.GetEnvironmentVariable(PathVariable);
         foreach (string path in MiniSeqCatalog.ModelSearchPaths.Concat(string.IsNullOrEmpty(variable) ? [] : [variable]))
         {
             yield return Path.Combine(Path.GetFullPath(path), name);
             // The folder itself, under whatever name; a folder that only holds models is none.
-            if (File.Exists(Path.Combine(path, "config.json"))) yield return Path.GetFullPath(path);
+            if (File.Exists(Path.Combine(path, model.ConfigName))) yield return Path.GetFullPath(path);
         }
         foreach (string place in places) yield return Path.Combine(place, name);
-        yield return manifest.Folder;
+        yield return model.Folder;
         yield return Path.Combine(Environment.CurrentDirectory, name);
         yield return Path.Combine(Path.TrimEndingDirectorySeparator(AppContext.BaseDirectory), name);
     }
 
-    private static Exception? Problem(string folder, Manifest manifest)
+    private static Exception? Problem(string folder, ModelFiles model)
     {
         // All lengths first: a missing or truncated file is then known without reading gigabytes.
-        foreach (var (name, seal) in manifest.Files)
+        foreach (var (name, seal) in model.Files)
         {
             var file = new FileInfo(Path.Combine(folder, name));
             if (!file.Exists) return new FileNotFoundException($"'{file.FullName}' is missing: it belongs to this MiniSeq model. Copy the whole folder as it was saved, or save the model again.", file.FullName);
             if (file.Length != seal.Bytes) return Changed(file.FullName, $"it has {file.Length} bytes and had {seal.Bytes}");
         }
-        foreach (var (name, seal) in manifest.Files)
+        foreach (var (name, seal) in model.Files)
         {
             string path = Path.Combine(folder, name), sha = FileSeal.Of(path).Sha256;
             if (sha != seal.Sha256) return Changed(path, $"its SHA-256 is {sha} and was {seal.Sha256}");
@@ -108,7 +133,7 @@ internal static partial class WeightsFolder
     }
 
     [GeneratedRegex(@"^model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$")]
-    private static partial Regex WeightFile { get; }
+    internal static partial Regex WeightFile { get; }
 
     // As of the lines that sha256sum prints.
     private static string Digest(IEnumerable<KeyValuePair<string, FileSeal>> files) =>

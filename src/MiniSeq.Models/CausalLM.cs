@@ -230,11 +230,11 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
 
     /// <summary>
     /// What a checkpoint's file holds: a tensor's name there, and the parameters whose rows make it up. One for most; Phi-3 has q, k, v in one
-    /// tensor, and gate and up.
+    /// tensor, and gate and up. An adapter has a file of its own.
     /// </summary>
     internal IEnumerable<(string Name, IReadOnlyList<Parameter> Parts)> CheckpointTensors()
     {
-        var all = named_parameters().ToDictionary(p => p.name, p => p.parameter);
+        var all = named_parameters().Where(p => !p.name.Contains(".lora_", StringComparison.Ordinal)).ToDictionary(p => p.name, p => p.parameter);
         foreach (var (name, parameter) in all)
         {
             int split = name.LastIndexOf('.', name.LastIndexOf('.') - 1) + 1; // model.layers.0.self_attn. | q_proj.weight

@@ -6,6 +6,8 @@ namespace MiniSeq.Models;
 /// <summary>Models from and to Hugging Face folders: <c>config.json</c> and <c>model.safetensors</c>, whole or in shards.</summary>
 public static class Checkpoint
 {
+    private const string Embedding = "model.embed_tokens.weight";
+
     /// <summary>Loads a model tensor by tensor: memory is the model once and one tensor more.</summary>
     /// <param name="folder">A Hugging Face checkpoint.</param>
     /// <param name="dtype">Type of the weights in memory; null keeps that of the file (float16 becomes float32: the CPU computes in it slowly).</param>
@@ -22,7 +24,7 @@ public static class Checkpoint
         using (var shapes = new CausalLM(config, ScalarType.Float32, META, initialize: false))
             expected = shapes.CheckpointTensors().ToDictionary(t => t.Name, t => ShapeOf(t.Parts));
         Check(file, expected, config, folder);
-        var model = new CausalLM(config, dtype ?? Computable(file.DType("model.embed_tokens.weight")), device, initialize: false);
+        var model = new CausalLM(config, dtype ?? Computable(file.DType(Embedding)), device, initialize: false);
         try
         {
             int done = 0;
@@ -40,20 +42,33 @@ public static class Checkpoint
         }
     }
 
+    /// <summary>The type in which a checkpoint's weights are stored.</summary>
+    /// <param name="folder">A Hugging Face checkpoint.</param>
+    /// <exception cref="FileNotFoundException">The folder lacks weights.</exception>
+    /// <exception cref="InvalidDataException">They are damaged, or have no embedding.</exception>
+    public static ScalarType StoredType(string folder)
+    {
+        using var file = SafetensorsReader.Open(folder);
+        return file.Contains(Embedding) ? file.DType(Embedding) : throw Lacking(folder, Embedding);
+    }
+
     /// <summary>Writes <c>config.json</c> and <c>model.safetensors</c>: each whole or not at all.</summary>
     /// <param name="model">Its weights are written as they are.</param>
     /// <param name="folder">Made where it does not exist.</param>
     /// <param name="maxShardBytes">Weights above it are split into several files.</param>
-    /// <exception cref="InvalidOperationException">The model carries an adapter that is not merged.</exception>
-    public static void SavePretrained(this CausalLM model, string folder, long maxShardBytes = 5_000_000_000)
+    /// <param name="mergeAdapter">Whether the weights are written with the adapter merged into them, one at a time; the model keeps its adapter.</param>
+    /// <exception cref="InvalidOperationException">The model carries an adapter, and it is not to be merged or cannot be.</exception>
+    /// <exception cref="NotSupportedException">Models of this family do not have one of the configuration's settings.</exception>
+    public static void SavePretrained(this CausalLM model, string folder, long maxShardBytes = 5_000_000_000, bool mergeAdapter = false)
     {
-        if (model.Adapter is not null) throw new InvalidOperationException("The model carries a LoRA adapter. Save that alone (SaveAdapter), or merge it into the weights first (MergeAdapter).");
+        if (model.Adapter is not null && !mergeAdapter) throw new InvalidOperationException("The model carries a LoRA adapter. Save that alone (SaveAdapter), or merge it into the weights (MergeAdapter, or mergeAdapter: true).");
+        string config = model.Config.ToJson(model.DType);
+        var merged = model.Adapter is null ? [] : LoraExtensions.MergedWeights(model);
         Directory.CreateDirectory(folder);
-        using (NewDisposeScope())
-        using (no_grad())
-            SafetensorsWriter.SavePretrained(folder, [.. model.CheckpointTensors().Select(t => (t.Name, t.Parts.Count == 1 ? t.Parts[0] : cat([.. t.Parts], 0)))], maxShardBytes);
+        SafetensorsWriter.SavePretrained(folder, model.CheckpointTensors().Select(t =>
+            new TensorSource(t.Name, ShapeOf(t.Parts), model.DType, merged.TryGetValue(t.Name, out var merge) ? merge : () => t.Parts.Count == 1 ? t.Parts[0] : cat([.. t.Parts]))), maxShardBytes);
         using var files = new PendingFiles();
-        files.Add(Path.Combine(folder, "config.json")).Write(Encoding.UTF8.GetBytes(model.Config.ToJson(model.DType)));
+        files.Add(Path.Combine(folder, "config.json")).Write(Encoding.UTF8.GetBytes(config));
         files.Commit();
     }
 
@@ -83,7 +98,7 @@ public static class Checkpoint
     {
         foreach (var (name, shape) in expected)
         {
-            if (!file.Contains(name)) throw new InvalidDataException($"'{folder}': the weights lack the tensor '{name}', which config.json calls for.");
+            if (!file.Contains(name)) throw Lacking(folder, name);
             if (!file.Shape(name).AsSpan().SequenceEqual(shape))
                 throw new InvalidDataException($"'{folder}': tensor '{name}' is [{string.Join(", ", file.Shape(name))}] in the weights, and config.json makes it [{string.Join(", ", shape)}].");
         }
@@ -93,4 +108,6 @@ public static class Checkpoint
             if (!known) throw new InvalidDataException($"'{folder}': the weights hold a tensor '{name}' that this model has no place for; config.json may be another model's.");
         }
     }
+
+    private static InvalidDataException Lacking(string folder, string name) => new($"'{folder}': the weights lack the tensor '{name}', which config.json calls for.");
 }

@@ -68,14 +68,23 @@ public static class LoraExtensions
     /// <exception cref="InvalidOperationException">The model carries no adapter, or one on the embedding or the head where they are one matrix.</exception>
     public static void MergeAdapter(this CausalLM model)
     {
-        var targets = Targets(AdapterOf(model), model);
-        if (model.Config.TieWordEmbeddings && targets.Find(t => t.Module is TokenEmbedding || t.Name == Head) is { } tied)
-            throw new InvalidOperationException($"The adapter of '{tied.Name}' cannot be merged: embedding and LM head are one matrix in this model (tie_word_embeddings), and the adapter is for one of the two. Save the adapter instead (SaveAdapter).");
-        foreach (var target in targets)
+        foreach (var target in Mergeable(model))
             if (target.Module is TokenEmbedding embedding) embedding.MergeAdapter();
             else ((Projection)target.Module).MergeAdapter();
         model.Adapter = null;
         foreach (var parameter in model.parameters()) parameter.requires_grad = true;
+    }
+
+    /// <summary>How to make each adapted weight as it would be merged, by the weight's name; the model is not changed.</summary>
+    internal static Dictionary<string, Func<Tensor>> MergedWeights(CausalLM model) =>
+        Mergeable(model).ToDictionary(t => t.Name + ".weight", t => (Func<Tensor>)(t.Module is TokenEmbedding e ? e.MergedWeight : ((Projection)t.Module).MergedWeight));
+
+    private static List<Target> Mergeable(CausalLM model)
+    {
+        var targets = Targets(AdapterOf(model), model);
+        if (model.Config.TieWordEmbeddings && targets.Find(t => t.Module is TokenEmbedding || t.Name == Head) is { } tied)
+            throw new InvalidOperationException($"The adapter of '{tied.Name}' cannot be merged: embedding and LM head are one matrix in this model (tie_word_embeddings), and the adapter is for one of the two. Save the adapter instead (SaveAdapter).");
+        return targets;
     }
 
     /// <summary>A module to adapt and the shapes of its A and B.</summary>

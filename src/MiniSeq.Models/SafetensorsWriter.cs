@@ -33,7 +33,7 @@ public static partial class SafetensorsWriter
 
     /// <summary>Writes the bytes of one file, as <see cref="Save"/> does.</summary>
     internal static void Write(Stream stream, IEnumerable<(string Name, Tensor Tensor)> tensors, IReadOnlyDictionary<string, string>? metadata = null) =>
-        Write(stream, Describe(tensors), metadata);
+        Write(stream, Describe(tensors.Select(TensorSource.Of)), metadata);
 
     /// <summary>Writes <c>model.safetensors</c>, or where that would exceed <paramref name="maxShardBytes"/>,
     /// <c>model-00001-of-0000N.safetensors</c> and so on with <c>model.safetensors.index.json</c>. Weight files of an earlier save are removed.</summary>
@@ -45,6 +45,12 @@ public static partial class SafetensorsWriter
     {
         ArgumentException.ThrowIfNullOrEmpty(folder);
         ArgumentNullException.ThrowIfNull(tensors);
+        SavePretrained(folder, tensors.Select(TensorSource.Of), maxShardBytes);
+    }
+
+    /// <summary>The same for tensors that are made as they are written, one at a time.</summary>
+    internal static void SavePretrained(string folder, IEnumerable<TensorSource> tensors, long maxShardBytes)
+    {
         ArgumentOutOfRangeException.ThrowIfNegativeOrZero(maxShardBytes);
         var shards = Split(Describe(tensors), maxShardBytes);
         Directory.CreateDirectory(folder);
@@ -64,19 +70,19 @@ public static partial class SafetensorsWriter
 
     private static string ShardName(int index, int count) => count == 1 ? SafetensorsFile.DefaultName : $"model-{index + 1:D5}-of-{count:D5}.safetensors";
 
-    private static List<Item> Describe(IEnumerable<(string Name, Tensor Tensor)> tensors)
+    private static List<Item> Describe(IEnumerable<TensorSource> tensors)
     {
         var names = new HashSet<string>();
         var items = new List<Item>();
-        foreach (var (name, tensor) in tensors)
+        foreach (var tensor in tensors)
         {
-            if (name == SafetensorsFile.MetadataKey)
-                throw new ArgumentException($"A tensor cannot be named '{name}'.", nameof(tensors));
-            if (!names.Add(name))
-                throw new ArgumentException($"Two tensors are named '{name}'.", nameof(tensors));
-            if (!DTypes.TryFormat(tensor.dtype, out var dtype))
-                throw new ArgumentException($"Tensor '{name}' has the dtype {tensor.dtype}, which is not supported (supported: {DTypes.All}).", nameof(tensors));
-            items.Add(new Item(name, tensor, dtype.Name, dtype.Size, tensor.NumberOfElements * dtype.Size));
+            if (tensor.Name == SafetensorsFile.MetadataKey)
+                throw new ArgumentException($"A tensor cannot be named '{tensor.Name}'.", nameof(tensors));
+            if (!names.Add(tensor.Name))
+                throw new ArgumentException($"Two tensors are named '{tensor.Name}'.", nameof(tensors));
+            if (!DTypes.TryFormat(tensor.DType, out var dtype))
+                throw new ArgumentException($"Tensor '{tensor.Name}' has the dtype {tensor.DType}, which is not supported (supported: {DTypes.All}).", nameof(tensors));
+            items.Add(new Item(tensor, dtype.Name, dtype.Size, tensor.Shape.Aggregate(1L, (a, b) => a * b) * dtype.Size));
         }
         return items;
     }
@@ -137,7 +143,7 @@ public static partial class SafetensorsWriter
         json.WriteStartObject(item.Name);
         json.WriteString("dtype", item.DType);
         json.WriteStartArray("shape");
-        foreach (var size in item.Tensor.shape)
+        foreach (var size in item.Source.Shape)
             json.WriteNumberValue(size);
         json.WriteEndArray();
         json.WriteStartArray("data_offsets");
@@ -151,8 +157,8 @@ public static partial class SafetensorsWriter
     {
         using var _ = NewDisposeScope();
         using var __ = no_grad();
-        // Aliases are disposed with the scope; the caller's tensor never is.
-        var source = item.Tensor.alias().cpu().contiguous();
+        // Aliases, and what a source makes here, are disposed with the scope; the caller's tensor never is.
+        var source = item.Source.Read().alias().cpu().contiguous();
         var data = item.Bytes == 0 ? null : (byte*)TensorBytes.Pointer(source);
         for (var done = 0L; done < item.Bytes; done += MaxWriteBytes)
             stream.Write(new ReadOnlySpan<byte>(data + done, (int)Math.Min(MaxWriteBytes, item.Bytes - done)));
@@ -189,5 +195,14 @@ public static partial class SafetensorsWriter
         }
     }
 
-    private sealed record Item(string Name, Tensor Tensor, string DType, int Size, long Bytes);
+    private sealed record Item(TensorSource Source, string DType, int Size, long Bytes)
+    {
+        public string Name => Source.Name;
+    }
+}
+
+/// <summary>A tensor to write: known by name, shape and type at once, and read when its turn comes.</summary>
+internal sealed record TensorSource(string Name, long[] Shape, ScalarType DType, Func<Tensor> Read)
+{
+    public static TensorSource Of((string Name, Tensor Tensor) t) => new(t.Name, t.Tensor.shape, t.Tensor.dtype, () => t.Tensor);
 }

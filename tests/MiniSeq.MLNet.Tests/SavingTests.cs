@@ -106,7 +106,7 @@ public sealed class SavingTests
         Assert.Equal(ml.MiniSeq().Evaluate(Tiny.Rows(ml), model).Loss, ml.MiniSeq().Evaluate(Tiny.Rows(ml), more).Loss, 1e-6);
     }
 
-    private static List<string> Fresh(string zip)
+    internal static List<string> Fresh(string zip)
     {
         string Here(string name) => Path.Combine(AppContext.BaseDirectory, name);
         var start = new ProcessStartInfo("dotnet") { RedirectStandardOutput = true, RedirectStandardError = true, WorkingDirectory = Path.GetTempPath() };
