@@ -93,7 +93,7 @@ public sealed class MiniSeqCatalog
             ?? throw new ArgumentException("There is no MiniSeq model in this transformer.", nameof(loaded));
     }
 
-    /// <summary>Loss, perplexity and accuracy of a model on the rows of a data view. Rows with an empty text are skipped.</summary>
+    /// <summary>Loss, perplexity and accuracy of a model on the rows of a data view. Rows with an empty text, or a label that does not fit, are skipped.</summary>
     /// <param name="data">Has the model's input column, and its label column if it was trained with one: what the pipeline's <c>Transform</c> gives will do, and no text is generated for it.</param>
     /// <param name="model">Anything that <see cref="FromModel"/> takes.</param>
     /// <param name="labelColumnName">Null takes the one of the training.</param>

@@ -10,7 +10,7 @@ namespace MiniSeq.MLNet;
 /// <format type="text/markdown"><![CDATA[
 /// ### Input and Output Columns
 /// The input and the label column are [text](xref:Microsoft.ML.Data.TextDataViewType). The output column is text: what the model writes after the document.
-/// Rows with an empty input or label are skipped in training and counted in the log. With `FineTuneOptions.ChatTemplate` rows are dialogues.
+/// Rows with an empty input or label, or with a label longer than the maximum length allows, are skipped in training and counted in the log. With `FineTuneOptions.ChatTemplate` rows are dialogues.
 ///
 /// ### Characteristics
 /// | | |
@@ -54,7 +54,7 @@ public sealed class MiniSeqEstimator : IEstimator<MiniSeqTransformer>
     /// <param name="input">Read once.</param>
     /// <returns>The trained model: dispose it to free its memory.</returns>
     /// <exception cref="ArgumentOutOfRangeException">The input or label column is missing or holds no text.</exception>
-    /// <exception cref="ArgumentException">No row to learn from, a label that does not fit into the maximum length, a dialogue that is none, or a
+    /// <exception cref="ArgumentException">No row to learn from, a dialogue that is none, or a
     /// chat template that is not the tokenizer's.</exception>
     /// <exception cref="FileNotFoundException">The checkpoint lacks a file.</exception>
     /// <exception cref="InvalidDataException">A file of the checkpoint is damaged.</exception>
@@ -99,8 +99,11 @@ public sealed class MiniSeqEstimator : IEstimator<MiniSeqTransformer>
     private List<TokenSequence> Read(GenerationSession session, IDataView data, string use, IChannel channel)
     {
         var encoder = session.Settings.Encoder(session.Tokenizer);
-        var (sequences, skipped) = TextRows.Read(data, _options.InputColumnName, _options.LabelColumnName, encoder, _options.CancellationToken);
-        channel.Say($"{use} rows: {sequences.Count} with {sequences.Sum(s => (long)s.Length)} tokens, {sequences.Sum(s => s.TargetCount)} of them targets; {encoder.TruncatedCount} documents truncated; {skipped} rows skipped for an empty text");
+        var (sequences, empty, tooLong) = TextRows.Read(data, _options.InputColumnName, _options.LabelColumnName, encoder, _options.CancellationToken);
+        channel.Say($"{use} rows: {sequences.Count} with {sequences.Sum(s => (long)s.Length)} tokens, {sequences.Sum(s => s.TargetCount)} of them targets; {encoder.TruncatedCount} documents truncated; {empty} rows skipped for an empty text");
+        string fault = $"{tooLong} {use} rows are skipped: what is learned of them is never cut, and takes more than the {session.Settings.MaxLength} tokens of MaxLength.";
+        if (tooLong > 0 && sequences.Count == 0) throw new ArgumentException($"No row is left. {fault}", nameof(data));
+        if (tooLong > 0) channel.Warning(MessageSensitivity.None, "{0}", fault);
         return sequences;
     }
 

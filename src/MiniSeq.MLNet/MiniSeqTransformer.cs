@@ -94,8 +94,8 @@ public sealed class MiniSeqTransformer : ITransformer, IDisposable
     internal CausalLMMetrics Evaluate(IDataView data, string? label, string? input)
     {
         var settings = _session.Settings;
-        var (sequences, _) = TextRows.Read(data, input ?? InputColumnName, label ?? LabelColumnName, settings.Encoder(Tokenizer), CancellationToken.None);
-        var score = _session.Evaluate(sequences);
+        var rows = TextRows.Read(data, input ?? InputColumnName, label ?? LabelColumnName, settings.Encoder(Tokenizer), CancellationToken.None);
+        var score = _session.Evaluate(rows.Sequences);
         return new CausalLMMetrics(score.Loss, score.Accuracy, score.TargetCount);
     }
 

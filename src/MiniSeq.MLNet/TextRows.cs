@@ -1,8 +1,15 @@
 using Microsoft.ML;
 using Microsoft.ML.Data;
 using MiniSeq.Models;
+using MiniSeq.Training;
 
 namespace MiniSeq.MLNet;
+
+/// <summary>Rows that were read.</summary>
+/// <param name="Sequences">Training examples.</param>
+/// <param name="Empty">Rows skipped for an empty text.</param>
+/// <param name="TooLong">Rows skipped for a label, or an assistant's messages, longer than the maximum length allows.</param>
+internal sealed record ReadRows(List<TokenSequence> Sequences, int Empty, int TooLong);
 
 /// <summary>Text columns of a data view: their checks in ML.NET's words, and their rows as token sequences.</summary>
 internal static class TextRows
@@ -22,8 +29,8 @@ internal static class TextRows
         if (column.ItemType is not TextDataViewType) throw Mistyped(role, name, column.ItemType.ToString()!);
     }
 
-    /// <summary>The rows as training examples, and how many were skipped: those with an empty text in one of the columns.</summary>
-    public static (List<TokenSequence> Sequences, int Skipped) Read(IDataView data, string input, string? label, IRowEncoder encoder, CancellationToken cancellationToken)
+    /// <summary>The rows as training examples, but for those with an empty text in one of the columns or a label that does not fit.</summary>
+    public static ReadRows Read(IDataView data, string input, string? label, IRowEncoder encoder, CancellationToken cancellationToken)
     {
         var inputColumn = Column(data.Schema, "input", input);
         DataViewSchema.Column? labelColumn = label is null ? null : Column(data.Schema, "label", label);
@@ -32,22 +39,27 @@ internal static class TextRows
         var getLabel = labelColumn is { } given ? cursor.GetGetter<ReadOnlyMemory<char>>(given) : null;
         ReadOnlyMemory<char> document = default, target = default;
         var sequences = new List<TokenSequence>();
-        int skipped = 0;
+        int empty = 0, tooLong = 0;
         while (cursor.MoveNext())
         {
             cancellationToken.ThrowIfCancellationRequested();
             getInput(ref document);
             getLabel?.Invoke(ref target);
-            if (document.IsEmpty || (getLabel is not null && target.IsEmpty)) skipped++;
-            else sequences.Add(Encode(cursor.Position));
+            if (document.IsEmpty || (getLabel is not null && target.IsEmpty)) empty++;
+            else if (Encode(cursor.Position) is { } sequence) sequences.Add(sequence);
+            else tooLong++;
         }
-        return (sequences, skipped);
+        return new ReadRows(sequences, empty, tooLong);
 
-        TokenSequence Encode(long row)
+        TokenSequence? Encode(long row)
         {
             try
             {
                 return encoder.Encode(document.ToString(), getLabel is null ? null : target.ToString());
+            }
+            catch (SequenceTooLongException)
+            {
+                return null;
             }
             catch (ArgumentException e)
             {

@@ -110,7 +110,7 @@ public sealed class DialogueEncoder
         {
             int longest = Enumerable.Range(0, ids.Length).MaxBy(i => ids[i].Length);
             if (ids.Length == 0 || ids[longest].Length == 0)
-                throw new ArgumentException($"The templates and what is never cut, the assistant's messages, take {tokens.InputIds.Length} tokens and {room} are left of the maximum length of {_maxLength}: raise it.", nameof(room));
+                throw new SequenceTooLongException($"The templates and what is never cut, the assistant's messages, take {tokens.InputIds.Length} tokens and {room} are left of the maximum length of {_maxLength}: raise it.");
             ids[longest] = ids[longest][..Math.Max(0, ids[longest].Length - (tokens.InputIds.Length - room))];
             texts[longest] = WholeCharacters(ids[longest]);
             tokens = encode(texts);

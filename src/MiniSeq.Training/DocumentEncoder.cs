@@ -42,7 +42,7 @@ public sealed class DocumentEncoder
     /// <param name="document">Any text.</param>
     /// <param name="target">What the model is to write after the prompt; null for a text that is itself what to learn, without template.</param>
     /// <param name="completionOnlyLoss">Whether the prompt is masked.</param>
-    /// <exception cref="ArgumentException">The target does not fit beside the template.</exception>
+    /// <exception cref="SequenceTooLongException">The target does not fit beside the template.</exception>
     public TokenSequence Encode(string document, string? target, bool completionOnlyLoss = true)
     {
         if (target is null) return EncodeText(document);
@@ -55,11 +55,11 @@ public sealed class DocumentEncoder
     }
 
     /// <summary>The prompt of a document, with room for <paramref name="reserve"/> tokens after it.</summary>
-    /// <exception cref="ArgumentException">The reserve leaves no room.</exception>
+    /// <exception cref="SequenceTooLongException">The reserve leaves no room.</exception>
     public int[] Prompt(string document, int reserve)
     {
         int room = _maxLength - _before.Length - _after.Length - reserve;
-        if (room < 0) throw new ArgumentException($"{reserve} tokens after the prompt and {_before.Length + _after.Length} of the template do not fit into the maximum length of {_maxLength}; the target is never cut, so raise it.", nameof(reserve));
+        if (room < 0) throw new SequenceTooLongException($"{reserve} tokens after the prompt and {_before.Length + _after.Length} of the template do not fit into the maximum length of {_maxLength}; the target is never cut, so raise it.");
         return [.. _before, .. Cut(Ids(document), room), .. _after];
     }
 

@@ -85,7 +85,7 @@ public sealed class ChatTests
         Assert.StartsWith("Row 1: A dialogue is a JSON list", Said(good, "plain text"));
         Assert.StartsWith("Row 2: Message 0 has the role 'human'", Said(good, good, Json(("human", "x"), ("assistant", "y"))));
         Assert.StartsWith("Row 0: The dialogue has no message of the assistant", Said(Json(("user", "x"))));
-        Assert.StartsWith("Row 1: The templates and what is never cut", Said(good, Json(("user", "x"), ("assistant", new string('y', 200)))));
+        Assert.StartsWith("No row is left. 1 training rows are skipped", Said(Json(("user", "x"), ("assistant", new string('y', 200)))));
 
         using var model = ml.MiniSeq().FineTune(Options(dialogues: true)).Fit(Dialogues(ml, good));
         var rows = Dialogues(ml, good, good, good, good, good, "[]"); // in the second batch
@@ -102,7 +102,7 @@ public sealed class ChatTests
         var estimator = ml.MiniSeq().FineTune(options);
         Assert.Contains("no token <|begin_of_text|>", Assert.Throws<ArgumentException>(() => estimator.Fit(Tiny.Rows(ml))).Message);
         (options.ChatTemplate, options.MaxLength) = (ChatTemplateKind.ChatMl, 34);
-        Assert.Contains("are left of the maximum length of 34", Assert.Throws<ArgumentException>(() => ml.MiniSeq().FineTune(options).Fit(Tiny.Rows(ml))).Message);
+        Assert.Contains("are left of the maximum length of 34", Assert.ThrowsAny<ArgumentException>(() => ml.MiniSeq().FineTune(options).Fit(Tiny.Rows(ml))).Message);
     }
 
     [Fact]

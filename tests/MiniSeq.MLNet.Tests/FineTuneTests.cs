@@ -114,10 +114,12 @@ public sealed class FineTuneTests
         var reports = new List<TrainingProgress>();
         var options = Tiny.Options();
         (options.Progress, options.ValidationSet) = (new Listener(reports.Add), Tiny.Rows(ml, 2));
-        var rows = ml.Data.LoadFromEnumerable([new Row { Document = new string('x', 500), Summary = "s" }, new Row { Document = "d" }, new Row { Document = "d", Summary = "s" }]);
+        var rows = ml.Data.LoadFromEnumerable([new Row { Document = new string('x', 500), Summary = "s" }, new Row { Document = "d" }, new Row { Document = "d", Summary = "s" },
+            new Row { Document = "d", Summary = new string('s', 500) }]);
         using var model = ml.MiniSeq().FineTune(options).Fit(rows);
         Assert.Equal(3, reports.Count);
         Assert.Contains(messages, m => m.Contains("training rows: 2 ") && m.Contains("1 documents truncated; 1 rows skipped"));
+        Assert.Contains(messages, m => m.Contains("1 training rows are skipped") && m.Contains("64 tokens of MaxLength"));
         Assert.Contains(messages, m => m.Contains("step 3/3: loss") && m.Contains("learning rate") && m.Contains("tokens/s") && m.Contains("peak memory"));
         Assert.Contains(messages, m => m.Contains("validation loss") && m.Contains("perplexity"));
     }

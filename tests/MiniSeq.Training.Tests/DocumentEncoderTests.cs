@@ -37,7 +37,7 @@ public sealed class DocumentEncoderTests
         Assert.Equal(1, encoder.TruncatedCount);
         encoder.Encode("Short.", target);
         Assert.Equal(1, encoder.TruncatedCount);
-        Assert.Contains("never cut", Assert.Throws<ArgumentException>(() => encoder.Encode("a", string.Concat(Enumerable.Repeat(target, 10)))).Message);
+        Assert.Contains("never cut", Assert.Throws<SequenceTooLongException>(() => encoder.Encode("a", string.Concat(Enumerable.Repeat(target, 10)))).Message);
         Assert.Equal(30, encoder.Prompt(string.Concat(Enumerable.Repeat("page ", 100)), reserve: 10).Length);
     }
 
