@@ -48,7 +48,9 @@ public sealed unsafe class AutogradNode
     /// <param name="inputs">Tensors that the output depends on; one that requires a gradient puts the node into the graph.</param>
     /// <param name="forward">Computes the output; runs without gradients where the node is recorded.</param>
     /// <param name="save">Tensors that backward needs, read there by <see cref="Unpack"/>.</param>
-    /// <param name="backward">The closed form or the recomputation.</param>
+    /// <param name="backward">The closed form or the recomputation. What it captures lives as long as the graph does. A wrapper of an input among that,
+    /// also by a closure shared with <paramref name="forward"/>, keeps the node before it alive: a chain of nodes that nobody disposes then takes
+    /// the garbage collector one collection for each, and not one in all.</param>
     /// <param name="state">Disposed with the graph, whether backward ran or not.</param>
     public static Tensor Apply(Tensor[] inputs, Func<Tensor> forward, Tensor[] save, Func<AutogradNode, Tensor?[], Tensor?[]> backward, IDisposable? state = null)
     {

@@ -58,14 +58,16 @@ public sealed class GatedMlp : nn.Module<Tensor, Tensor>
         if (input.dim() == 0 || input.size(-1) != hidden)
             throw new ArgumentException($"GatedMlp takes [.., {hidden}], and got [{string.Join(", ", input.shape)}].", nameof(input));
         Tensor[] inputs = [input, .. parameters()];
-        return AutogradNode.Apply(inputs, () => ForwardAll(input), [input], (node, gradients) =>
-        {
-            using var x = node.Unpack(0);
-            node.ReleaseSaved();
-            var result = new Tensor?[inputs.Length];
-            if (gradients[0] is { } dy) result[0] = BackwardAll(x, dy, node.NeedsInputGrad[0]);
-            return result; // the weights' gradients are in .grad already
-        });
+        return AutogradNode.Apply(inputs, () => ForwardAll(input), [input], Backward);
+    }
+
+    private Tensor?[] Backward(AutogradNode node, Tensor?[] gradients)
+    {
+        using var x = node.Unpack(0);
+        node.ReleaseSaved();
+        var result = new Tensor?[node.NeedsInputGrad.Count];
+        if (gradients[0] is { } dy) result[0] = BackwardAll(x, dy, node.NeedsInputGrad[0]);
+        return result; // the weights' gradients are in .grad already
     }
 
     /// <summary>y of one mini-sequence. Shapes: x [rows, d], y [rows, d]. Records no graph of its own.</summary>

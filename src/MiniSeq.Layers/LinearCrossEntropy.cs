@@ -47,14 +47,17 @@ public static class LinearCrossEntropy
         Tensor[] trained = [hidden, .. head.parameters()];
         bool record = is_grad_enabled() && trained.Any(t => t.requires_grad);
         var sink = record ? new GradientSink(hidden, head, rows) : null;
-        var sum = AutogradNode.Apply(trained, () => SumChunks(hidden, head, labels, rows, chunkSize, softcap, sink), [], (node, gradients) =>
-        {
-            var result = new Tensor?[trained.Length];
-            if (gradients[0] is { } upstream) result[0] = sink!.Finish(upstream);
-            return result;
-        }, sink);
+        var sum = AutogradNode.Apply(trained, () => SumChunks(hidden, head, labels, rows, chunkSize, softcap, sink), [], Backward(sink), sink);
         return new TokenLoss(sum.MoveToOuterDisposeScope(), count);
     }
+
+    // Not in Loss, where its closure would hold the hidden states, too.
+    private static Func<AutogradNode, Tensor?[], Tensor?[]> Backward(GradientSink? sink) => (node, gradients) =>
+    {
+        var result = new Tensor?[node.NeedsInputGrad.Count];
+        if (gradients[0] is { } upstream) result[0] = sink!.Finish(upstream);
+        return result;
+    };
 
     /// <summary>
     /// Loss of one mini-sequence and, if <paramref name="scale"/> is given, the gradients of scale · loss: those of the head are

@@ -67,17 +67,19 @@ public sealed class MiniSequence : nn.Module<Tensor, Tensor>
         Tensor[] inputs = [input, .. parameters()];
         if (!is_grad_enabled() || !inputs.Any(i => i.requires_grad)) return ForwardAll(input, null);
         var random = new RandomStates();
-        return AutogradNode.Apply(inputs, () => ForwardAll(input, random), [input], (node, gradients) =>
-        {
-            var result = new Tensor?[inputs.Length];
-            if (gradients[0] is not { } dy) return result;
-            using var x = node.Unpack(0);
-            bool needsInputGrad = node.NeedsInputGrad[0];
-            node.ReleaseSaved();
-            result[0] = BackwardAll(x, dy, needsInputGrad, random);
-            return result;
-        }, random);
+        return AutogradNode.Apply(inputs, () => ForwardAll(input, random), [input], Backward(random), random);
     }
+
+    // Not in forward, where its closure would hold the input, too.
+    private Func<AutogradNode, Tensor?[], Tensor?[]> Backward(RandomStates random) => (node, gradients) =>
+    {
+        var result = new Tensor?[node.NeedsInputGrad.Count];
+        if (gradients[0] is not { } dy) return result;
+        using var x = node.Unpack(0);
+        node.ReleaseSaved();
+        result[0] = BackwardAll(x, dy, node.NeedsInputGrad[0], random);
+        return result;
+    };
 
     /// <inheritdoc/>
     public override void train(bool train = true)

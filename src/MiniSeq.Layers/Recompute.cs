@@ -35,17 +35,19 @@ public static class Recompute
             using var scope = NewDisposeScope();
             return Owned(function(input), input).MoveToOuterDisposeScope();
         }
-        return AutogradNode.Apply(inputs, Forward, [input], (node, gradients) =>
-        {
-            var result = new Tensor?[inputs.Length];
-            if (gradients[0] is not { } dy) return result;
-            using var x = node.Unpack(0);
-            bool needsInputGrad = node.NeedsInputGrad[0];
-            node.ReleaseSaved();
-            result[0] = Again(function, x, dy, needsInputGrad, random);
-            return result;
-        }, random);
+        return AutogradNode.Apply(inputs, Forward, [input], Backward(function, random), random);
     }
+
+    // Not in Record, where its closure would hold the input, too.
+    private static Func<AutogradNode, Tensor?[], Tensor?[]> Backward(Func<Tensor, Tensor> function, RandomState random) => (node, gradients) =>
+    {
+        var result = new Tensor?[node.NeedsInputGrad.Count];
+        if (gradients[0] is not { } dy) return result;
+        using var x = node.Unpack(0);
+        node.ReleaseSaved();
+        result[0] = Again(function, x, dy, node.NeedsInputGrad[0], random);
+        return result;
+    };
 
     // One graph of one function: built, walked and gone before the next.
     internal static Tensor? Again(Func<Tensor, Tensor> function, Tensor x, Tensor dy, bool needsInputGrad, RandomState random)

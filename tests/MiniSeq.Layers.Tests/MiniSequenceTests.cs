@@ -63,11 +63,10 @@ public sealed class MiniSequenceTests
     [Fact]
     public void ABlockAsAWholeCanBeReplacedInAModuleList()
     {
+        using var scope = NewDisposeScope();
         using var model = new Model();
         Assert.Equal(["blocks.0", "blocks.1"], MiniSequence.ApplyTo(model, (_, child) => child is Block, 2));
-        using var x = randn(5, 6);
-        using var y = model.call(x);
-        Assert.Equal([5L, 3], y.shape);
+        Assert.Equal([5L, 3], model.call(randn(5, 6)).shape);
     }
 
     [Fact]

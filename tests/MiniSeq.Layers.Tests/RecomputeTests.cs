@@ -1,3 +1,4 @@
+using System.Runtime.CompilerServices;
 using MiniSeq.Layers;
 using static MiniSeq.Tests.Reference;
 using static TorchSharp.torch;
@@ -118,17 +119,35 @@ public sealed class RecomputeTests
         using var head = new Projection(6, 20);
         using var x = randn(10, 6);
         using var labels = randint(0, 20, [10], ScalarType.Int64);
-        long tensors = 0;
-        for (int step = 0; step < 300; step++)
+        void Step()
         {
-            using (NewDisposeScope())
-            {
-                using var loss = LinearCrossEntropy.Loss(Recompute.Run(model, mlp.call(x)), head, labels, 4);
-                AutogradNode.Backward(loss.LossSum);
-            }
-            if (step == 20) tensors = Tensor.TotalCount;
+            using var scope = NewDisposeScope();
+            using var loss = LinearCrossEntropy.Loss(Recompute.Run(model, mlp.call(x)), head, labels, 4);
+            AutogradNode.Backward(loss.LossSum);
         }
-        Assert.Equal(0, AutogradNode.AliveCount);
-        Assert.InRange(Tensor.TotalCount - tensors, long.MinValue, 3);
+        Step(); // makes the gradients
+        var alive = AliveAfterCollection();
+        for (int step = 0; step < 300; step++) Step();
+        Assert.Equal(alive.Nodes, AutogradNode.AliveCount);
+        Assert.InRange(Tensor.TotalCount - alive.Tensors, long.MinValue, 3);
+    }
+
+    [Fact]
+    public void AGraphThatNobodyDisposesIsGoneAfterOneCollection()
+    {
+        using var mlp = new GatedMlp(6, 10);
+        using var wrapped = new MiniSequence(nn.Linear(6, 6));
+        using var head = new Projection(6, 20);
+        using var labels = zeros(10, ScalarType.Int64);
+        [MethodImpl(MethodImplOptions.NoInlining)] // its locals are not this method's, where they might live on
+        int Forget()
+        {
+            var x = randn(10, 6).requires_grad_();
+            LinearCrossEntropy.Loss(Recompute.Run(wrapped.call, mlp.call(Recompute.Run(mlp, wrapped.call(x)))), head, labels);
+            return AutogradNode.AliveCount;
+        }
+        int nodes = AliveAfterCollection().Nodes;
+        Assert.Equal(nodes + 5, Forget());
+        Assert.Equal(nodes, AliveAfterCollection().Nodes);
     }
 }

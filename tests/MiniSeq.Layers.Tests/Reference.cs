@@ -29,6 +29,14 @@ internal static class Reference
         return mlp.DownProj.call(act * mlp.UpProj.call(x));
     }
 
+    /// <summary>What is alive of graph nodes and tensors once the finalizers have freed what other tests left to them: what a leak test starts from.</summary>
+    public static (int Nodes, long Tensors) AliveAfterCollection()
+    {
+        GC.Collect();
+        GC.WaitForPendingFinalizers();
+        return (AutogradNode.AliveCount, Tensor.TotalCount);
+    }
+
     public static void ClearGradients(nn.Module module)
     {
         foreach (var p in module.parameters()) p.grad = null;
