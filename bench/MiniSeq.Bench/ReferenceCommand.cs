@@ -22,8 +22,8 @@ internal sealed class ReferenceCommand
     private readonly Argument<string[]> _folders = new("folders") { Arity = ArgumentArity.OneOrMore, Description = "config.json, model*.safetensors, expected.safetensors and expected.json; or a folder of such folders; or one with reference.json (mean loss and greedy text only)" };
     private readonly Option<int[]> _chunk = new("--chunk") { DefaultValueFactory = _ => [1, 7, 64, 0], AllowMultipleArgumentsPerToken = true, Description = "rows of a mini-sequence; 0 is the automatic rule" };
     private readonly Option<RecomputePolicy[]> _recompute = new("--recompute") { DefaultValueFactory = _ => [RecomputePolicy.Full, RecomputePolicy.KeepAttention, RecomputePolicy.None], AllowMultipleArgumentsPerToken = true, Description = "what is computed again in backward" };
-    private readonly Option<string> _dtype = new("--dtype") { DefaultValueFactory = _ => "float32", Description = "type of the weights in memory and of the computation, whatever the file's" };
-    private readonly Option<double?> _tolerance = new("--tolerance") { Description = "largest difference that passes; 1e-4, or 0.15 in bfloat16, where not given" };
+    private readonly Option<string?> _dtype = new("--dtype") { Description = "type of the weights in memory and of the computation, whatever the file's; float32 where not given, or bfloat16 where expected.json's computed_in begins so" };
+    private readonly Option<double?> _tolerance = new("--tolerance") { Description = "largest difference that passes; 1e-4, or 0.25 in bfloat16, where not given" };
     private readonly Option<FileInfo?> _output = new("--json") { Description = "write the result to this file, too" };
 
     private ReferenceCommand() => _dtype.AcceptOnlyFromAmong("float32", "bfloat16", "float64");
@@ -41,6 +41,9 @@ internal sealed class ReferenceCommand
             bfloat16 only L2 is judged, for its max is the worst luck of all roundings; and greedy ids may part where the file's own lead of the
             best token is below twice the largest error of the logits, or unknown. In float32 and float64 they have to be equal.
 
+            A folder's adapter/expected_adapter.safetensors and .json, beside a LoRA adapter in PEFT's format, are checked in a line of their own: the
+            model with the adapter, the gradients of the adapter's tensors, and logits and greedy text again with the adapter merged into the weights.
+
             Logits and greedy text are computed once, loss and gradients for every pair of --chunk and --recompute; the table has the worst of them.
 
             Ends with 0 if all that was checked is within the tolerance, 1 if something is not, 2 if a folder could not be read or none could be
@@ -52,35 +55,42 @@ internal sealed class ReferenceCommand
 
     private int Run(ParseResult p)
     {
-        var dtype = Enum.Parse<ScalarType>(p.GetValue(_dtype)!, ignoreCase: true);
-        var bounds = ReferenceBounds.Of(dtype, p.GetValue(_tolerance));
+        ScalarType? dtype = p.GetValue(_dtype) is { } said ? Enum.Parse<ScalarType>(said, ignoreCase: true) : null;
         ComputeOptions[] options = [.. p.GetValue(_chunk)!.SelectMany(chunk => p.GetValue(_recompute)!.Select(policy => new ComputeOptions(chunk, policy)))];
-        List<Line> lines = [.. p.GetValue(_folders)!.SelectMany(Models).Select(folder => Check(folder, dtype, options, bounds))];
-        Table(lines, bounds);
-        if (p.GetValue(_output) is { } file) File.WriteAllText(file.FullName, Json(lines, p.GetValue(_dtype)!, bounds) + Environment.NewLine);
+        var lines = (from path in p.GetValue(_folders)!.SelectMany(Models)
+                     from adapter in ReferenceFolder.HasAdapter(path) ? new[] { false, true } : [false]
+                     select Check(path, adapter, dtype, options, p.GetValue(_tolerance))).ToList();
+        Table(lines);
+        if (p.GetValue(_output) is { } file) File.WriteAllText(file.FullName, Json(lines) + Environment.NewLine);
         return ExitCode(lines);
     }
 
-    /// <summary>One folder: its result and what is wrong with it, or why there is none.</summary>
-    private sealed record Line(string Model, ReferenceResult? Result, IReadOnlyList<string> Faults, string? Refused, string? Unreadable);
-
-    private static Line Check(string path, ScalarType dtype, ComputeOptions[] options, ReferenceBounds bounds)
+    /// <summary>What was measured, and what is wrong with it.</summary>
+    private sealed record Measured(ReferenceResult Result, ScalarType DType, ReferenceBounds Bounds)
     {
-        string name = Path.GetFileName(Path.TrimEndingDirectorySeparator(Path.GetFullPath(path)));
+        public IReadOnlyList<string> Faults { get; } = Bounds.Faults(Result);
+    }
+
+    /// <summary>One folder, or one with its adapter: what was measured, or why nothing was.</summary>
+    private sealed record Line(string Model, Measured? Measured, string? Refused = null, string? Unreadable = null);
+
+    private static Line Check(string path, bool adapter, ScalarType? dtype, ComputeOptions[] options, double? tolerance)
+    {
+        string name = Path.GetFileName(Path.TrimEndingDirectorySeparator(Path.GetFullPath(path))) + (adapter ? " + adapter" : "");
         try
         {
-            using var folder = ReferenceFolder.Open(path, dtype);
-            var result = folder.Check(options);
-            return new Line(name, result, bounds.Faults(result), null, null);
+            using var folder = ReferenceFolder.Open(path, dtype, adapter);
+            var type = folder.Model.DType;
+            return new Line(name, new Measured(folder.Check(options), type, ReferenceBounds.Of(type, tolerance)));
         }
         catch (NotSupportedException e)
         {
-            return new Line(name, null, [], e.Message, null);
+            return new Line(name, null, Refused: e.Message);
         }
         catch (Exception e) when (e is IOException or InvalidDataException or UnauthorizedAccessException or KeyNotFoundException or ArgumentException)
         {
             Console.Error.WriteLine(e.Message);
-            return new Line(name, null, [], null, e.Message);
+            return new Line(name, null, Unreadable: e.Message);
         }
     }
 
@@ -94,22 +104,31 @@ internal sealed class ReferenceCommand
 
     private static int ExitCode(List<Line> lines) =>
         lines.Any(l => l.Unreadable is not null) || lines.All(l => l.Refused is not null) ? Unreadable
-        : lines.Any(l => l.Faults.Count > 0) ? Beyond : 0;
+        : lines.Any(l => l.Measured is { Faults.Count: > 0 }) ? Beyond : 0;
 
-    private static void Table(List<Line> lines, ReferenceBounds bounds)
+    private static void Table(List<Line> lines)
     {
         Console.WriteLine("| model | architecture | layers | runs | logits: max | L2 | loss | worst gradient: max | L2 | greedy equal | verdict |");
         Console.WriteLine("| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- | --- | --- |");
-        foreach (var line in lines) Console.WriteLine($"| {line.Model} | {string.Join(" | ", line.Result is { } result ? Cells(result, line.Faults, bounds) : NoCells(line))} |");
+        foreach (var line in lines) Console.WriteLine($"| {line.Model} | {string.Join(" | ", line.Measured is { } measured ? Cells(measured.Result, measured) : NoCells(line))} |");
     }
 
-    private static string[] Cells(ReferenceResult r, IReadOnlyList<string> faults, ReferenceBounds bounds) =>
+    private static string[] Cells(ReferenceResult r, Measured measured) =>
     [
         r.Architecture, $"{r.Layers}", $"{r.Runs.Count}", Number(r.Logits.Max), Number(r.Logits.L2), Number(r.Loss),
         Named(r.WorstGradient(d => d.Max)), Named(r.WorstGradient(d => d.L2)),
-        r.Greedy.Equal == r.Greedy.Wanted ? "yes" : $"no, from token {r.Greedy.Equal + 1} of {r.Greedy.Wanted} on",
-        faults.Count == 0 ? $"within {Number(bounds.Tolerance)}" : $"beyond {Number(bounds.Tolerance)}: {faults[0]}{(faults.Count > 1 ? $" and {faults.Count - 1} more" : "")}",
+        Equal(r.Inference.Greedy) + (r.Merged is { } merged ? $"; merged: {Equal(merged.Greedy)}" : ""), Verdict(measured),
     ];
+
+    private static string Equal(GreedyResult greedy) => greedy.Equal == greedy.Wanted ? "yes" : $"no, from token {greedy.Equal + 1} of {greedy.Wanted} on";
+
+    private static string Verdict(Measured m)
+    {
+        string bound = $"{Number(m.Bounds.Tolerance)} in {Name(m.DType)}";
+        return m.Faults.Count == 0 ? $"within {bound}" : $"beyond {bound}: {m.Faults[0]}{(m.Faults.Count > 1 ? $" and {m.Faults.Count - 1} more" : "")}";
+    }
+
+    private static string Name(ScalarType dtype) => dtype.ToString().ToLowerInvariant();
 
     private static string[] NoCells(Line line) => [.. Enumerable.Repeat("-", 9), (line.Refused is null ? "unreadable: " + line.Unreadable : "refused: " + line.Refused).Replace("|", "\\|", StringComparison.Ordinal)];
 
@@ -117,32 +136,32 @@ internal sealed class ReferenceCommand
 
     private static string Number(double value) => value.ToString("0.0E+0", CultureInfo.InvariantCulture);
 
-    private static string Json(List<Line> lines, string dtype, ReferenceBounds bounds) => new JsonObject
-    {
-        ["dtype"] = dtype,
-        ["tolerance"] = bounds.Tolerance,
-        ["judged"] = bounds.Entrywise ? "max |got - want| / max |want| and L2" : "L2: ||got - want|| / ||want||",
-        ["models"] = new JsonArray([.. lines.Select(Json)]),
-    }.ToJsonString(s_json);
+    private static string Json(List<Line> lines) => new JsonObject { ["models"] = new JsonArray([.. lines.Select(Json)]) }.ToJsonString(s_json);
 
     private static JsonNode Json(Line line)
     {
-        var json = new JsonObject { ["model"] = line.Model, ["status"] = line.Unreadable is not null ? "unreadable" : line.Refused is not null ? "refused" : line.Faults.Count > 0 ? "beyond" : "within" };
-        if ((line.Unreadable ?? line.Refused) is { } message) json["message"] = message;
-        json["faults"] = JsonSerializer.SerializeToNode(line.Faults, s_json);
-        json["result"] = line.Result is { } result ? Json(result) : null;
-        return json;
+        if (line.Measured is not { } m)
+            return new JsonObject { ["model"] = line.Model, ["status"] = line.Refused is null ? "unreadable" : "refused", ["message"] = line.Refused ?? line.Unreadable };
+        return new JsonObject
+        {
+            ["model"] = line.Model,
+            ["status"] = m.Faults.Count > 0 ? "beyond" : "within",
+            ["dtype"] = Name(m.DType),
+            ["tolerance"] = m.Bounds.Tolerance,
+            ["judged"] = m.Bounds.Entrywise ? "max |got - want| / max |want| and L2" : "L2: ||got - want|| / ||want||",
+            ["faults"] = JsonSerializer.SerializeToNode(m.Faults, s_json),
+            ["result"] = Json(m.Result),
+        };
     }
 
     private static JsonNode? Json(ReferenceResult r) => JsonSerializer.SerializeToNode(new
     {
         r.Architecture,
         r.Layers,
-        r.Logits,
-        r.LogitsAbsolute,
+        r.Inference,
+        r.Merged,
         r.Loss,
         r.Gradients,
-        r.Greedy,
         Runs = r.Runs.Select(run => new { run.Options.ChunkSize, run.Options.Recompute, run.Loss, Gradients = run.Worst }),
         NoiseOfTheFile = r.Noise,
     }, s_json);

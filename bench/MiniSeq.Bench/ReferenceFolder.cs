@@ -1,4 +1,5 @@
 using MiniSeq.Models;
+using TorchSharp.Modules;
 using static TorchSharp.torch;
 
 namespace MiniSeq.Bench;
@@ -6,31 +7,35 @@ namespace MiniSeq.Bench;
 /// <summary>A checkpoint with the logits, loss, gradients and greedy text that another implementation computed from it.</summary>
 internal sealed class ReferenceFolder : IDisposable
 {
-    private readonly string _name;
+    private readonly string _folder;
     private readonly ReferenceNumbers _want;
 
-    private ReferenceFolder(string name, CausalLM model, ReferenceNumbers want) => (_name, Model, _want) = (name, model, want);
+    private ReferenceFolder(string folder, CausalLM model, ReferenceNumbers want) => (_folder, Model, _want) = (folder, model, want);
 
-    /// <summary>The checkpoint's model.</summary>
+    /// <summary>The checkpoint's model, with the adapter where that is what is checked.</summary>
     public CausalLM Model { get; }
 
     /// <summary>Whether a folder holds a checkpoint, and is not a folder of folders.</summary>
     public static bool IsModel(string folder) => File.Exists(Path.Combine(folder, "config.json"));
 
+    /// <summary>Whether a checkpoint's folder also holds numbers of the model with a LoRA adapter.</summary>
+    public static bool HasAdapter(string folder) => File.Exists(Path.Combine(ReferenceNumbers.AdapterFolder(folder), "expected_adapter.safetensors"));
+
     /// <summary>Loads the model and the numbers.</summary>
     /// <param name="folder">config.json, weights, expected.safetensors and expected.json.</param>
-    /// <param name="dtype">The computation's, whatever the file's: rounding of the computation is then not taken for a fault of the formula.</param>
+    /// <param name="dtype">The computation's, whatever the weights'; null is that of the numbers (<see cref="ReferenceNumbers.ComputedIn"/>).</param>
+    /// <param name="adapter">Whether to check the model with the adapter in the folder, against that one's numbers.</param>
     /// <exception cref="IOException">A file is missing.</exception>
     /// <exception cref="InvalidDataException">A file is damaged, or names and shapes do not fit together.</exception>
     /// <exception cref="NotSupportedException">The architecture is not supported.</exception>
-    public static ReferenceFolder Open(string folder, ScalarType dtype = ScalarType.Float32)
+    public static ReferenceFolder Open(string folder, ScalarType? dtype = null, bool adapter = false)
     {
-        string name = Path.GetFileName(Path.TrimEndingDirectorySeparator(Path.GetFullPath(folder)));
-        var model = Checkpoint.LoadPretrained(folder, dtype);
+        var model = Checkpoint.LoadPretrained(folder, dtype ?? ReferenceNumbers.ComputedIn(folder));
         try
         {
-            var opened = new ReferenceFolder(name, model, ReferenceNumbers.Read(folder));
-            opened.CheckNames(folder);
+            if (adapter) model.LoadAdapter(ReferenceNumbers.AdapterFolder(folder));
+            var opened = new ReferenceFolder(folder, model, adapter ? ReferenceNumbers.ReadAdapter(folder) : ReferenceNumbers.Read(folder));
+            opened.CheckNames();
             return opened;
         }
         catch
@@ -40,32 +45,48 @@ internal sealed class ReferenceFolder : IDisposable
         }
     }
 
-    /// <summary>The gradients that are in place, by the names of the checkpoint. The caller disposes them.</summary>
+    /// <summary>The gradients that are in place, by the names of the checkpoint, or of the adapter where there is one. The caller disposes them.</summary>
     public static Dictionary<string, Tensor> Gradients(CausalLM model)
     {
         using var noGrad = no_grad();
-        return model.CheckpointTensors().ToDictionary(t => t.Name, t => cat([.. t.Parts.Select(p => p.grad ?? zeros_like(p))]));
+        return Trained(model).ToDictionary(t => t.Name, t => cat([.. t.Parts.Select(p => p.grad ?? zeros_like(p))]));
     }
+
+    private static IEnumerable<(string Name, IReadOnlyList<Parameter> Parts)> Trained(CausalLM model) =>
+        model.Adapter is null ? model.CheckpointTensors() : LoraExtensions.Parameters(model).Select(p => (p.Key, (IReadOnlyList<Parameter>)[p.Parameter]));
 
     /// <summary>Computes everything and compares it.</summary>
     /// <param name="options">The ways to compute the step.</param>
     public ReferenceResult Check(IEnumerable<ComputeOptions> options)
     {
-        using var scope = NewDisposeScope();
-        var logits = Model.call(_want.InputIds);
-        if (_want.Positions is { } positions) logits = logits.index_select(1, tensor(positions));
-        var off = Difference.Of(logits, _want.Logits);
         return new ReferenceResult
         {
-            Model = _name,
             Architecture = Model.Config.ModelType,
             Layers = Model.Config.NumHiddenLayers,
-            Logits = off,
-            LogitsAbsolute = off.Max * _want.Logits.abs().max().to(ScalarType.Float64).item<double>(),
+            Inference = Infer(Model, _want.NewTokens),
+            Merged = Model.Adapter is null ? null : Merged(),
             Runs = [.. options.Select(Step)],
-            Greedy = Greedy(),
             Noise = _want.Noise,
         };
+    }
+
+    // A model of its own: a merge cannot be undone.
+    private ReferenceInference Merged()
+    {
+        using var model = Checkpoint.LoadPretrained(_folder, Model.DType);
+        model.LoadAdapter(ReferenceNumbers.AdapterFolder(_folder));
+        model.MergeAdapter();
+        return Infer(model, _want.MergedNewTokens ?? _want.NewTokens);
+    }
+
+    private ReferenceInference Infer(CausalLM model, int[] newTokens)
+    {
+        using var scope = NewDisposeScope();
+        var logits = model.call(_want.InputIds);
+        if (_want.Positions is { } positions) logits = logits.index_select(1, tensor(positions));
+        var off = Difference.Of(logits, _want.Logits);
+        double absolute = off.Max * _want.Logits.abs().max().to(ScalarType.Float64).item<double>();
+        return new ReferenceInference(off, absolute, Greedy(model, newTokens));
     }
 
     private ReferenceRun Step(ComputeOptions options)
@@ -86,20 +107,20 @@ internal sealed class ReferenceFolder : IDisposable
         return double.IsNaN(off) ? double.PositiveInfinity : off;
     }
 
-    private GreedyResult Greedy()
+    private GreedyResult Greedy(CausalLM model, int[] want)
     {
-        int[] want = _want.NewTokens;
-        int[] got = Model.Generate([_want.Prompt], new GenerationOptions { MaxNewTokens = want.Length, EosTokenIds = [] })[0];
+        int[] got = model.Generate([_want.Prompt], new GenerationOptions { MaxNewTokens = want.Length, EosTokenIds = [] })[0];
         int equal = want.Zip(got).TakeWhile(p => p.First == p.Second).Count();
         return new GreedyResult(equal, want.Length, equal < want.Length ? _want.Margins?[equal] : null);
     }
 
-    private void CheckNames(string folder)
+    private void CheckNames()
     {
         if (_want.Gradients is not { } want) return;
-        var names = Model.CheckpointTensors().Select(t => t.Name).ToHashSet();
-        if (names.Except(want.Keys).FirstOrDefault() is { } missing) throw new InvalidDataException($"'{folder}': expected.safetensors has no gradient of '{missing}'.");
-        if (want.Keys.Except(names).FirstOrDefault() is { } unknown) throw new InvalidDataException($"'{folder}': expected.safetensors has a gradient of '{unknown}', which the model does not have.");
+        string file = Model.Adapter is null ? "expected.safetensors" : "expected_adapter.safetensors";
+        var names = Trained(Model).Select(t => t.Name).ToHashSet();
+        if (names.Except(want.Keys).FirstOrDefault() is { } missing) throw new InvalidDataException($"'{_folder}': {file} has no gradient of '{missing}'.");
+        if (want.Keys.Except(names).FirstOrDefault() is { } unknown) throw new InvalidDataException($"'{_folder}': {file} has a gradient of '{unknown}', which the model does not have.");
     }
 
     public void Dispose()

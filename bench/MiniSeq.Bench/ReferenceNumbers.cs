@@ -30,7 +30,7 @@ internal sealed class ReferenceNumbers : IDisposable
     /// <summary>Mean over all labels that count.</summary>
     public required double Loss { get; init; }
 
-    /// <summary>By the names of the checkpoint; null where the folder has none.</summary>
+    /// <summary>By the names of the checkpoint, or of the adapter's file; null where the folder has none.</summary>
     public IReadOnlyDictionary<string, Tensor>? Gradients { get; init; }
 
     /// <summary>What is continued.</summary>
@@ -38,6 +38,9 @@ internal sealed class ReferenceNumbers : IDisposable
 
     /// <summary>The greedy continuation, end-of-sequence tokens ignored.</summary>
     public required int[] NewTokens { get; init; }
+
+    /// <summary>The continuation by weights that the adapter is merged into; null where the folder does not say.</summary>
+    public int[]? MergedNewTokens { get; init; }
 
     /// <summary>By how much the logits prefer each new token to the next best; null where the folder does not say.</summary>
     public double[]? Margins { get; init; }
@@ -56,17 +59,35 @@ internal sealed class ReferenceNumbers : IDisposable
         : File.Exists(Path.Combine(folder, "reference.json")) ? ReadText(Path.Combine(folder, "reference.json"))
         : throw new FileNotFoundException($"'{folder}' has no expected.safetensors: it holds no numbers to check against.");
 
-    // expected.safetensors and expected.json. A folder's adapter/expected_adapter.* belongs here too, once adapters are supported: it
-    // has logits, loss and gradients of its own for the ids and labels read here.
-    private static ReferenceNumbers ReadExpected(string folder)
+    /// <summary>Where a checkpoint's folder has its adapter.</summary>
+    public static string AdapterFolder(string folder) => Path.Combine(folder, "adapter");
+
+    /// <summary>Reads the numbers of the model with the adapter in its folder; ids and labels are the folder's own.</summary>
+    /// <exception cref="IOException">There are none.</exception>
+    /// <exception cref="InvalidDataException">They are damaged.</exception>
+    public static ReferenceNumbers ReadAdapter(string folder) => ReadExpected(folder, Path.Combine(AdapterFolder(folder), "expected_adapter"));
+
+    /// <summary>The type of the computation that gave a folder's numbers: bfloat16 where expected.json's <c>computed_in</c> begins so, else float32.</summary>
+    public static ScalarType ComputedIn(string folder)
     {
-        using var file = SafetensorsReader.Open(Path.Combine(folder, "expected.safetensors"));
+        string file = Path.Combine(folder, "expected.json");
+        return File.Exists(file) && FromJson(file, json => json.TryGetProperty("computed_in", out var type) && type.GetString() is { } said && said.StartsWith("bfloat16", StringComparison.Ordinal))
+            ? ScalarType.BFloat16 : ScalarType.Float32;
+    }
+
+    private static ReferenceNumbers ReadExpected(string folder) => ReadExpected(folder, Path.Combine(folder, "expected"));
+
+    // The folder's ids and labels, and what files of one name, .safetensors and .json, say of them.
+    private static ReferenceNumbers ReadExpected(string folder, string name)
+    {
+        using var inputs = SafetensorsReader.Open(Path.Combine(folder, "expected.safetensors"));
+        using var file = SafetensorsReader.Open(name + ".safetensors");
         using var loss = file.Read("loss");
-        using var ids = file.Read("input_ids");
-        using var labels = file.Read("labels");
+        using var ids = inputs.Read("input_ids");
+        using var labels = inputs.Read("labels");
         if (ids.dim() != 2 || !labels.shape.AsSpan().SequenceEqual(ids.shape) || loss.numel() != 1)
-            throw new InvalidDataException($"'{folder}': expected.safetensors wants input_ids and labels of one shape [batch, S] and one loss.");
-        return FromJson(Path.Combine(folder, "expected.json"), json =>
+            throw new InvalidDataException($"'{name}.safetensors' wants one loss, for input_ids and labels of one shape [batch, S] in expected.safetensors.");
+        return FromJson(name + ".json", json =>
         {
             var greedy = Property(json, "greedy");
             return new ReferenceNumbers
@@ -78,6 +99,7 @@ internal sealed class ReferenceNumbers : IDisposable
                 Gradients = file.Names.Where(n => n.StartsWith(Gradient, StringComparison.Ordinal)).ToDictionary(n => n[Gradient.Length..], file.Read),
                 Prompt = Numbers<int>(greedy, "prompt"),
                 NewTokens = Numbers<int>(greedy, "new_tokens"),
+                MergedNewTokens = greedy.TryGetProperty("merged_weights_new_tokens", out _) ? Numbers<int>(greedy, "merged_weights_new_tokens") : null,
                 Margins = greedy.TryGetProperty("top1_minus_top2", out _) ? Numbers<double>(greedy, "top1_minus_top2") : null,
                 Noise = json.TryGetProperty("float32_noise_vs_float64", out var noise)
                     ? new(Property(noise, "loss_abs").GetDouble(), Property(noise, "logits_max_abs").GetDouble(), Property(noise, "grad_max_rel_l2").GetDouble())
@@ -104,7 +126,7 @@ internal sealed class ReferenceNumbers : IDisposable
         };
     });
 
-    private static ReferenceNumbers FromJson(string file, Func<JsonElement, ReferenceNumbers> read)
+    private static T FromJson<T>(string file, Func<JsonElement, T> read)
     {
         try
         {

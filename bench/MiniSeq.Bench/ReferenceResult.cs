@@ -48,32 +48,35 @@ internal sealed record ReferenceRun(ComputeOptions Options, double Loss, IReadOn
 /// <param name="Margin">By how much the wanted logits prefer the first token that was missed; null where none was, or where the folder does not say.</param>
 internal sealed record GreedyResult(int Equal, int Wanted, double? Margin);
 
+/// <summary>What is computed without training.</summary>
+/// <param name="Logits">Of the logits.</param>
+/// <param name="LogitsAbsolute">Largest |got − want| of the logits, in their own unit.</param>
+/// <param name="Greedy">The continuation.</param>
+internal sealed record ReferenceInference(Difference Logits, double LogitsAbsolute, GreedyResult Greedy);
+
 /// <summary>What a model gave against what its folder wants.</summary>
 internal sealed record ReferenceResult
 {
-    /// <summary>The folder's name.</summary>
-    public required string Model { get; init; }
-
     /// <summary><c>model_type</c>.</summary>
     public required string Architecture { get; init; }
 
     /// <summary>Decoder layers.</summary>
     public required int Layers { get; init; }
 
-    /// <summary>Of the logits.</summary>
-    public required Difference Logits { get; init; }
+    /// <summary>Logits and continuation.</summary>
+    public required ReferenceInference Inference { get; init; }
 
-    /// <summary>Largest |got − want| of the logits, in their own unit.</summary>
-    public required double LogitsAbsolute { get; init; }
+    /// <summary>The same with the adapter merged into the weights; null where there is none.</summary>
+    public ReferenceInference? Merged { get; init; }
 
     /// <summary>Every way to compute the step.</summary>
     public required IReadOnlyList<ReferenceRun> Runs { get; init; }
 
-    /// <summary>The continuation.</summary>
-    public required GreedyResult Greedy { get; init; }
-
     /// <summary>Rounding in what is wanted; null where the folder does not say.</summary>
     public ReferenceNoise? Noise { get; init; }
+
+    /// <summary>Of the logits, the merged model's among them.</summary>
+    public Difference Logits => Merged is null ? Inference.Logits : Difference.Worst(Inference.Logits, Merged.Logits);
 
     /// <summary>The worst of the runs.</summary>
     public double Loss => Runs.Max(r => r.Loss);
@@ -107,11 +110,17 @@ internal sealed record ReferenceBounds(double Tolerance, bool Entrywise, bool Ne
     public IReadOnlyList<string> Faults(ReferenceResult result)
     {
         List<string> faults = [];
-        if (!Holds(result.Logits)) faults.Add("logits");
+        faults.AddRange(Faults(result.Inference, ""));
         if (!(result.Loss <= Tolerance)) faults.Add("loss");
         faults.AddRange(result.Gradients.Where(g => !Holds(g.Value)).Select(g => $"gradient of {g.Key}"));
-        if (!Holds(result.Greedy, result.LogitsAbsolute)) faults.Add("greedy ids");
+        if (result.Merged is { } merged) faults.AddRange(Faults(merged, " of the merged model"));
         return faults;
+    }
+
+    private IEnumerable<string> Faults(ReferenceInference inference, string of)
+    {
+        if (!Holds(inference.Logits)) yield return "logits" + of;
+        if (!Holds(inference.Greedy, inference.LogitsAbsolute)) yield return "greedy ids" + of;
     }
 
     private bool Holds(Difference d) => d.L2 <= Tolerance && (!Entrywise || d.Max <= Tolerance);

@@ -1,3 +1,4 @@
+using System.Text.Json;
 using MiniSeq.Bench;
 using MiniSeq.Models;
 using MiniSeq.Models.Tests;
@@ -5,7 +6,8 @@ using static TorchSharp.torch;
 
 namespace MiniSeq.Tests;
 
-/// <summary>Every folder of <c>../shared/reference</c>: logits, loss, gradients and greedy text are Hugging Face's, however the step is computed.</summary>
+/// <summary>Every folder of <c>../shared/reference</c>: logits, loss, gradients and greedy text are Hugging Face's, with an adapter PEFT's, however
+/// the step is computed.</summary>
 public sealed class ReferenceTests
 {
     private const string Root = "reference";
@@ -19,12 +21,45 @@ public sealed class ReferenceTests
     /// <summary>The folders that have to load, or one name that skips the test where there are none.</summary>
     public static TheoryData<string> Folders => Shared.Folders(Root) is { Length: > 0 } found ? [.. found.Except(s_refused)] : ["(none)"];
 
+    /// <summary>Those with numbers for an adapter, too, or one name that skips the test.</summary>
+    public static TheoryData<string> Adapted =>
+        Shared.Folders(Root).Where(f => ReferenceFolder.HasAdapter(Shared.Path($"{Root}/{f}"))).ToArray() is { Length: > 0 } found ? [.. found] : ["(none)"];
+
     [Theory]
     [MemberData(nameof(Folders))]
     public void LogitsLossGradientsAndGreedyTextAreHuggingFaces(string name)
     {
         using var folder = Open(name);
         Assert.Empty(ReferenceBounds.Of(ScalarType.Float32).Faults(folder.Check(s_everyWay)));
+    }
+
+    [Theory]
+    [MemberData(nameof(Adapted))]
+    public void WithAnAdapterEverythingIsPeftsAlsoAfterTheMerge(string name)
+    {
+        using var folder = Open(name, adapter: true);
+        var result = folder.Check(s_everyWay);
+        Assert.Empty(ReferenceBounds.Of(ScalarType.Float32).Faults(result));
+        Assert.Equal(folder.Model.named_parameters().Count(p => p.name.Contains("lora_")), result.Gradients.Count);
+        Assert.NotNull(result.Merged);
+        using var narrow = Open(name, ScalarType.BFloat16, adapter: true);
+        Assert.Empty(ReferenceBounds.Of(ScalarType.BFloat16).Faults(narrow.Check([new ComputeOptions(7)])));
+    }
+
+    [Theory]
+    [MemberData(nameof(Adapted))]
+    public void AnotherScaleOfTheAdapterShowsEverywhere(string name)
+    {
+        using var copy = new TemporaryFolder();
+        CopyAll(Shared.Path($"{Root}/{name}"), copy.Path);
+        CopyAll(Shared.Path($"{Root}/{name}/adapter"), Directory.CreateDirectory(copy["adapter"]).FullName);
+        var config = LoraConfig.FromPretrained(copy["adapter"]);
+        File.WriteAllText(copy["adapter/adapter_config.json"], (config with { LoraAlpha = 1.1 * config.LoraAlpha }).ToJson());
+        using var folder = ReferenceFolder.Open(copy.Path, adapter: true);
+        var result = folder.Check([new ComputeOptions(7)]);
+        var faults = ReferenceBounds.Of(ScalarType.Float32).Faults(result);
+        Assert.Superset(new HashSet<string> { "logits", "loss", "logits of the merged model" }, faults.ToHashSet());
+        Assert.All(result.Gradients, g => Assert.Contains($"gradient of {g.Key}", faults));
     }
 
     /// <summary>A driven step in float64 is as far from Hugging Face's float32 numbers as these are from Hugging Face's float64 (which takes the
@@ -36,7 +71,7 @@ public sealed class ReferenceTests
         using var folder = Open(name, ScalarType.Float64);
         var result = folder.Check([new ComputeOptions(7)]);
         var noise = Assert.IsType<ReferenceNoise>(result.Noise);
-        Assert.InRange(result.LogitsAbsolute, 0, 1.5 * noise.LogitsAbsolute);
+        Assert.InRange(result.Inference.LogitsAbsolute, 0, 1.5 * noise.LogitsAbsolute);
         Assert.InRange(result.WorstGradient(d => d.L2)!.Off, 0, 1.5 * noise.GradientL2);
     }
 
@@ -87,6 +122,23 @@ public sealed class ReferenceTests
         Assert.InRange(result.Loss, 0, 1e-9); // the mean is kept in float64, the file's loss too
     }
 
+    [Theory]
+    [InlineData("bfloat16, attn_implementation=eager", ScalarType.BFloat16)]
+    [InlineData("float32, weights from bfloat16", ScalarType.Float32)]
+    [InlineData(null, ScalarType.Float32)]
+    public void TheNumbersSayInWhichTypeTheyAreComputed(string? said, ScalarType dtype)
+    {
+        using var folder = new TemporaryFolder();
+        using var model = new CausalLM(DecoderTests.Tiny());
+        using var ids = ones(1, 4, dtype: ScalarType.Int64);
+        model.SavePretrained(folder.Path);
+        SafetensorsWriter.Save(folder["expected.safetensors"], [("input_ids", ids), ("labels", ids), ("logits", ids), ("loss", ids[0, ..1]), .. model.CheckpointTensors().Select(t => ($"grad.{t.Name}", (Tensor)t.Parts[0]))]);
+        File.WriteAllText(folder["expected.json"], $$$"""{"computed_in":{{{JsonSerializer.Serialize(said)}}},"greedy":{"prompt":[1],"new_tokens":[2]}}""");
+        using var byItself = ReferenceFolder.Open(folder.Path);
+        using var asTold = ReferenceFolder.Open(folder.Path, ScalarType.Float64);
+        Assert.Equal((dtype, ScalarType.Float64), (byItself.Model.DType, asTold.Model.DType));
+    }
+
     [Fact]
     public void OtherArchitecturesAreRefused() =>
         Assert.All(s_refused, name => Assert.Throws<NotSupportedException>(() => ReferenceFolder.Open(Shared.Path($"{Root}/{name}"))));
@@ -97,7 +149,7 @@ public sealed class ReferenceTests
         using var folder = ReferenceFolder.Open(Shared.Path("models/stories260K"));
         var result = folder.Check([new ComputeOptions(7)]);
         Assert.Empty(new ReferenceBounds(1e-5, Entrywise: true, NearTies: false).Faults(result));
-        Assert.Equal(200, result.Greedy.Equal);
+        Assert.Equal(200, result.Inference.Greedy.Equal);
     }
 
     [Fact]
@@ -130,7 +182,12 @@ public sealed class ReferenceTests
             Assert.Equal(new Difference(double.PositiveInfinity, double.PositiveInfinity), Difference.Of(bad, good));
     }
 
-    private static ReferenceFolder Open(string name, ScalarType dtype = ScalarType.Float32) => ReferenceFolder.Open(Shared.Path($"{Root}/{name}"), dtype);
+    private static ReferenceFolder Open(string name, ScalarType dtype = ScalarType.Float32, bool adapter = false) => ReferenceFolder.Open(Shared.Path($"{Root}/{name}"), dtype, adapter);
+
+    private static void CopyAll(string from, string to)
+    {
+        foreach (string file in Directory.GetFiles(from)) File.Copy(file, Path.Combine(to, Path.GetFileName(file)));
+    }
 
     private static void CopyNumbers(string name, string folder)
     {
