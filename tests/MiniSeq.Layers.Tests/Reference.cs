@@ -29,6 +29,14 @@ internal static class Reference
         return mlp.DownProj.call(act * mlp.UpProj.call(x));
     }
 
+    /// <summary>Graph nodes that are alive, without those of earlier tests that only wait for the garbage collector.</summary>
+    public static int AliveNodes()
+    {
+        GC.Collect();
+        GC.WaitForPendingFinalizers();
+        return AutogradNode.AliveCount;
+    }
+
     public static void ClearGradients(nn.Module module)
     {
         foreach (var p in module.parameters()) p.grad = null;
