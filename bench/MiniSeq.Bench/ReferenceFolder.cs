@@ -17,19 +17,24 @@ internal sealed class ReferenceFolder : IDisposable
     /// <summary>Whether a folder holds a checkpoint, and is not a folder of folders.</summary>
     public static bool IsModel(string folder) => File.Exists(Path.Combine(folder, "config.json"));
 
+    /// <summary>Whether a folder holds an adapter for the checkpoint in the folder above, with numbers.</summary>
+    public static bool IsAdapter(string folder) => File.Exists(Path.Combine(folder, "adapter_config.json")) && File.Exists(Path.Combine(folder, "expected_adapter.safetensors"));
+
     /// <summary>Loads the model and the numbers.</summary>
-    /// <param name="folder">config.json, weights, expected.safetensors and expected.json.</param>
+    /// <param name="folder">config.json, weights, expected.safetensors and expected.json; or an adapter with expected_adapter.* below such a folder.</param>
     /// <param name="dtype">The computation's, whatever the file's: rounding of the computation is then not taken for a fault of the formula.</param>
     /// <exception cref="IOException">A file is missing.</exception>
     /// <exception cref="InvalidDataException">A file is damaged, or names and shapes do not fit together.</exception>
     /// <exception cref="NotSupportedException">The architecture is not supported.</exception>
     public static ReferenceFolder Open(string folder, ScalarType dtype = ScalarType.Float32)
     {
-        string name = Path.GetFileName(Path.TrimEndingDirectorySeparator(Path.GetFullPath(folder)));
-        var model = Checkpoint.LoadPretrained(folder, dtype);
+        string full = Path.TrimEndingDirectorySeparator(Path.GetFullPath(folder));
+        string? below = IsAdapter(full) ? Path.GetDirectoryName(full)! : null;
+        var model = Checkpoint.LoadPretrained(below ?? full, dtype);
         try
         {
-            var opened = new ReferenceFolder(name, model, ReferenceNumbers.Read(folder));
+            if (below is not null) model.LoadAdapter(full);
+            var opened = new ReferenceFolder(NameOf(full), model, below is null ? ReferenceNumbers.Read(full) : ReferenceNumbers.ReadAdapter(full));
             opened.CheckNames(folder);
             return opened;
         }
@@ -40,12 +45,23 @@ internal sealed class ReferenceFolder : IDisposable
         }
     }
 
-    /// <summary>The gradients that are in place, by the names of the checkpoint. The caller disposes them.</summary>
+    /// <summary>What a folder is called in the table.</summary>
+    public static string NameOf(string folder)
+    {
+        string full = Path.TrimEndingDirectorySeparator(Path.GetFullPath(folder));
+        return IsAdapter(full) ? $"{Path.GetFileName(Path.GetDirectoryName(full))} with LoRA" : Path.GetFileName(full);
+    }
+
+    /// <summary>The gradients that are in place, by the names of the checkpoint, or of the adapter where there is one. The caller disposes them.</summary>
     public static Dictionary<string, Tensor> Gradients(CausalLM model)
     {
         using var noGrad = no_grad();
-        return model.CheckpointTensors().ToDictionary(t => t.Name, t => cat([.. t.Parts.Select(p => p.grad ?? zeros_like(p))]));
+        return Trained(model).ToDictionary(t => t.Name, t => cat([.. t.Parts.Select(p => p.grad ?? zeros_like(p))]));
     }
+
+    private static IEnumerable<(string Name, IReadOnlyList<Tensor> Parts)> Trained(CausalLM model) => model.Adapter is null
+        ? model.CheckpointTensors().Select(t => (t.Name, (IReadOnlyList<Tensor>)t.Parts))
+        : LoraExtensions.Parameters(model).Select(p => (p.Key, (IReadOnlyList<Tensor>)[p.Parameter]));
 
     /// <summary>Computes everything and compares it.</summary>
     /// <param name="options">The ways to compute the step.</param>
@@ -97,7 +113,7 @@ internal sealed class ReferenceFolder : IDisposable
     private void CheckNames(string folder)
     {
         if (_want.Gradients is not { } want) return;
-        var names = Model.CheckpointTensors().Select(t => t.Name).ToHashSet();
+        var names = Trained(Model).Select(t => t.Name).ToHashSet();
         if (names.Except(want.Keys).FirstOrDefault() is { } missing) throw new InvalidDataException($"'{folder}': expected.safetensors has no gradient of '{missing}'.");
         if (want.Keys.Except(names).FirstOrDefault() is { } unknown) throw new InvalidDataException($"'{folder}': expected.safetensors has a gradient of '{unknown}', which the model does not have.");
     }

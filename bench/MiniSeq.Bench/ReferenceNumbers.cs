@@ -52,21 +52,25 @@ internal sealed class ReferenceNumbers : IDisposable
     /// <exception cref="FileNotFoundException">It has none.</exception>
     /// <exception cref="InvalidDataException">They are damaged.</exception>
     public static ReferenceNumbers Read(string folder) =>
-        File.Exists(Path.Combine(folder, "expected.safetensors")) ? ReadExpected(folder)
+        File.Exists(Path.Combine(folder, "expected.safetensors")) ? ReadExpected(folder, "expected", folder)
         : File.Exists(Path.Combine(folder, "reference.json")) ? ReadText(Path.Combine(folder, "reference.json"))
         : throw new FileNotFoundException($"'{folder}' has no expected.safetensors: it holds no numbers to check against.");
 
-    // expected.safetensors and expected.json. A folder's adapter/expected_adapter.* belongs here too, once adapters are supported: it
-    // has logits, loss and gradients of its own for the ids and labels read here.
-    private static ReferenceNumbers ReadExpected(string folder)
+    /// <summary>Reads the numbers of an adapter, for the ids and labels of the folder above.</summary>
+    public static ReferenceNumbers ReadAdapter(string folder) => ReadExpected(folder, "expected_adapter", Path.GetDirectoryName(folder)!);
+
+    // name.safetensors and name.json; ids and labels from the expected.safetensors of a folder.
+    private static ReferenceNumbers ReadExpected(string folder, string name, string inputs)
     {
-        using var file = SafetensorsReader.Open(Path.Combine(folder, "expected.safetensors"));
+        string path = Path.Combine(folder, name + ".safetensors");
+        using var file = SafetensorsReader.Open(path);
+        using var above = SafetensorsReader.Open(Path.Combine(inputs, "expected.safetensors"));
         using var loss = file.Read("loss");
-        using var ids = file.Read("input_ids");
-        using var labels = file.Read("labels");
+        using var ids = above.Read("input_ids");
+        using var labels = above.Read("labels");
         if (ids.dim() != 2 || !labels.shape.AsSpan().SequenceEqual(ids.shape) || loss.numel() != 1)
-            throw new InvalidDataException($"'{folder}': expected.safetensors wants input_ids and labels of one shape [batch, S] and one loss.");
-        return FromJson(Path.Combine(folder, "expected.json"), json =>
+            throw new InvalidDataException($"'{path}' wants input_ids and labels of one shape [batch, S] and one loss.");
+        return FromJson(Path.Combine(folder, name + ".json"), json =>
         {
             var greedy = Property(json, "greedy");
             return new ReferenceNumbers

@@ -155,7 +155,8 @@ public static class LoraExtensions
         else adapter.A.uniform_(-bound, bound);
     }
 
-    private static IEnumerable<(string Key, Parameter Parameter)> Parameters(CausalLM model) =>
+    /// <summary>A and B of every adapted module, under their names in PEFT's files.</summary>
+    internal static IEnumerable<(string Key, Parameter Parameter)> Parameters(CausalLM model) =>
         model.named_parameters().Where(p => p.name.Contains(".lora_", StringComparison.Ordinal)).Select(p => (Key(p.name), p.parameter));
 
     // PEFT's name of a parameter in files. Beside an embedding A and B are no modules there.

@@ -92,6 +92,13 @@ public sealed class ReferenceTests
         Assert.All(s_refused, name => Assert.Throws<NotSupportedException>(() => ReferenceFolder.Open(Shared.Path($"{Root}/{name}"))));
 
     [Fact]
+    public void AnAdapterGivesPeftsNumbers()
+    {
+        using var folder = ReferenceFolder.Open(Shared.Path($"{Root}/llama3/adapter"));
+        Assert.Empty(ReferenceBounds.Of(ScalarType.Float32).Faults(folder.Check(s_everyWay)));
+    }
+
+    [Fact]
     public void ARealPretrainedModelWritesItsReferenceText()
     {
         using var folder = ReferenceFolder.Open(Shared.Path("models/stories260K"));
