@@ -41,8 +41,8 @@ internal sealed class ReferenceCommand
             bfloat16 only L2 is judged, for its max is the worst luck of all roundings; and greedy ids may part where the file's own lead of the
             best token is below twice the largest error of the logits, or unknown. In float32 and float64 they have to be equal.
 
-            A folder's adapter/expected_adapter.safetensors and .json, beside a LoRA adapter in PEFT's format, are checked in a line of their own: the
-            model with the adapter, the gradients of the adapter's tensors, and logits and greedy text again with the adapter merged into the weights.
+            A folder below, with a LoRA adapter in PEFT's format and expected_adapter.safetensors and .json, has a line of its own: the model with
+            the adapter, the gradients of the adapter's tensors, and logits and greedy text again with the adapter merged into the weights.
 
             Logits and greedy text are computed once, loss and gradients for every pair of --chunk and --recompute; the table has the worst of them.
 
@@ -57,9 +57,7 @@ internal sealed class ReferenceCommand
     {
         ScalarType? dtype = p.GetValue(_dtype) is { } said ? Enum.Parse<ScalarType>(said, ignoreCase: true) : null;
         ComputeOptions[] options = [.. p.GetValue(_chunk)!.SelectMany(chunk => p.GetValue(_recompute)!.Select(policy => new ComputeOptions(chunk, policy)))];
-        var lines = (from path in p.GetValue(_folders)!.SelectMany(Models)
-                     from adapter in ReferenceFolder.HasAdapter(path) ? new[] { false, true } : [false]
-                     select Check(path, adapter, dtype, options, p.GetValue(_tolerance))).ToList();
+        List<Line> lines = [.. p.GetValue(_folders)!.SelectMany(Models).Select(folder => Check(folder, dtype, options, p.GetValue(_tolerance)))];
         Table(lines);
         if (p.GetValue(_output) is { } file) File.WriteAllText(file.FullName, Json(lines) + Environment.NewLine);
         return ExitCode(lines);
@@ -71,15 +69,15 @@ internal sealed class ReferenceCommand
         public IReadOnlyList<string> Faults { get; } = Bounds.Faults(Result);
     }
 
-    /// <summary>One folder, or one with its adapter: what was measured, or why nothing was.</summary>
+    /// <summary>One folder: what was measured, or why nothing was.</summary>
     private sealed record Line(string Model, Measured? Measured, string? Refused = null, string? Unreadable = null);
 
-    private static Line Check(string path, bool adapter, ScalarType? dtype, ComputeOptions[] options, double? tolerance)
+    private static Line Check(string path, ScalarType? dtype, ComputeOptions[] options, double? tolerance)
     {
-        string name = Path.GetFileName(Path.TrimEndingDirectorySeparator(Path.GetFullPath(path))) + (adapter ? " + adapter" : "");
+        string name = ReferenceFolder.NameOf(path);
         try
         {
-            using var folder = ReferenceFolder.Open(path, dtype, adapter);
+            using var folder = ReferenceFolder.Open(path, dtype);
             var type = folder.Model.DType;
             return new Line(name, new Measured(folder.Check(options), type, ReferenceBounds.Of(type, tolerance)));
         }
@@ -94,13 +92,17 @@ internal sealed class ReferenceCommand
         }
     }
 
-    // The folder itself, or those in it. A folder without any is its own: the message is then about it.
+    // The folder itself, or those in it, each with the adapters below it. A folder without any is its own: the message is then about it.
     private static IEnumerable<string> Models(string folder)
     {
-        if (ReferenceFolder.IsModel(folder) || !Directory.Exists(folder)) return [folder];
+        if (ReferenceFolder.IsModel(folder)) return WithAdapters(folder);
+        if (!Directory.Exists(folder)) return [folder];
         string[] inside = [.. Directory.GetDirectories(folder).Where(ReferenceFolder.IsModel).Order(StringComparer.Ordinal)];
-        return inside.Length > 0 ? inside : [folder];
+        return inside.Length > 0 ? inside.SelectMany(WithAdapters) : [folder];
     }
+
+    private static IEnumerable<string> WithAdapters(string folder) =>
+        Directory.GetDirectories(folder).Where(ReferenceFolder.IsAdapter).Order(StringComparer.Ordinal).Prepend(folder);
 
     private static int ExitCode(List<Line> lines) =>
         lines.Any(l => l.Unreadable is not null) || lines.All(l => l.Refused is not null) ? Unreadable

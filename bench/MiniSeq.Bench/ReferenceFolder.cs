@@ -12,31 +12,56 @@ internal sealed class ReferenceFolder : IDisposable
 
     private ReferenceFolder(string folder, CausalLM model, ReferenceNumbers want) => (_folder, Model, _want) = (folder, model, want);
 
-    /// <summary>The checkpoint's model, with the adapter where that is what is checked.</summary>
+    /// <summary>The checkpoint's model, with the adapter where the folder is one's.</summary>
     public CausalLM Model { get; }
 
     /// <summary>Whether a folder holds a checkpoint, and is not a folder of folders.</summary>
     public static bool IsModel(string folder) => File.Exists(Path.Combine(folder, "config.json"));
 
-    /// <summary>Whether a checkpoint's folder also holds numbers of the model with a LoRA adapter.</summary>
-    public static bool HasAdapter(string folder) => File.Exists(Path.Combine(ReferenceNumbers.AdapterFolder(folder), "expected_adapter.safetensors"));
+    /// <summary>Whether a folder holds an adapter for the checkpoint in the folder above, with numbers.</summary>
+    public static bool IsAdapter(string folder) => File.Exists(Path.Combine(folder, "adapter_config.json")) && File.Exists(Path.Combine(folder, "expected_adapter.safetensors"));
+
+    /// <summary>What a folder is called in the table.</summary>
+    public static string NameOf(string folder)
+    {
+        string full = Full(folder);
+        return IsAdapter(full) ? $"{Path.GetFileName(Path.GetDirectoryName(full))} + {Path.GetFileName(full)}" : Path.GetFileName(full);
+    }
 
     /// <summary>Loads the model and the numbers.</summary>
-    /// <param name="folder">config.json, weights, expected.safetensors and expected.json.</param>
+    /// <param name="folder">config.json, weights, expected.safetensors and expected.json; or an adapter with expected_adapter.* below such a folder.</param>
     /// <param name="dtype">The computation's, whatever the weights'; null is that of the numbers (<see cref="ReferenceNumbers.ComputedIn"/>).</param>
-    /// <param name="adapter">Whether to check the model with the adapter in the folder, against that one's numbers.</param>
     /// <exception cref="IOException">A file is missing.</exception>
     /// <exception cref="InvalidDataException">A file is damaged, or names and shapes do not fit together.</exception>
     /// <exception cref="NotSupportedException">The architecture is not supported.</exception>
-    public static ReferenceFolder Open(string folder, ScalarType? dtype = null, bool adapter = false)
+    public static ReferenceFolder Open(string folder, ScalarType? dtype = null)
     {
-        var model = Checkpoint.LoadPretrained(folder, dtype ?? ReferenceNumbers.ComputedIn(folder));
+        string full = Full(folder);
+        var model = Load(full, dtype);
         try
         {
-            if (adapter) model.LoadAdapter(ReferenceNumbers.AdapterFolder(folder));
-            var opened = new ReferenceFolder(folder, model, adapter ? ReferenceNumbers.ReadAdapter(folder) : ReferenceNumbers.Read(folder));
+            var opened = new ReferenceFolder(full, model, model.Adapter is null ? ReferenceNumbers.Read(full) : ReferenceNumbers.ReadAdapter(full));
             opened.CheckNames();
             return opened;
+        }
+        catch
+        {
+            model.Dispose();
+            throw;
+        }
+    }
+
+    private static string Full(string folder) => Path.TrimEndingDirectorySeparator(Path.GetFullPath(folder));
+
+    // With the adapter, where the folder is one's.
+    private static CausalLM Load(string folder, ScalarType? dtype)
+    {
+        string checkpoint = IsAdapter(folder) ? Path.GetDirectoryName(folder)! : folder;
+        var model = Checkpoint.LoadPretrained(checkpoint, dtype ?? ReferenceNumbers.ComputedIn(checkpoint));
+        try
+        {
+            if (checkpoint != folder) model.LoadAdapter(folder);
+            return model;
         }
         catch
         {
@@ -73,8 +98,7 @@ internal sealed class ReferenceFolder : IDisposable
     // A model of its own: a merge cannot be undone.
     private ReferenceInference Merged()
     {
-        using var model = Checkpoint.LoadPretrained(_folder, Model.DType);
-        model.LoadAdapter(ReferenceNumbers.AdapterFolder(_folder));
+        using var model = Load(_folder, Model.DType);
         model.MergeAdapter();
         return Infer(model, _want.MergedNewTokens ?? _want.NewTokens);
     }

@@ -55,19 +55,16 @@ internal sealed class ReferenceNumbers : IDisposable
     /// <exception cref="FileNotFoundException">It has none.</exception>
     /// <exception cref="InvalidDataException">They are damaged.</exception>
     public static ReferenceNumbers Read(string folder) =>
-        File.Exists(Path.Combine(folder, "expected.safetensors")) ? ReadExpected(folder)
+        File.Exists(Path.Combine(folder, "expected.safetensors")) ? ReadExpected(folder, "expected", folder)
         : File.Exists(Path.Combine(folder, "reference.json")) ? ReadText(Path.Combine(folder, "reference.json"))
         : throw new FileNotFoundException($"'{folder}' has no expected.safetensors: it holds no numbers to check against.");
 
-    /// <summary>Where a checkpoint's folder has its adapter.</summary>
-    public static string AdapterFolder(string folder) => Path.Combine(folder, "adapter");
-
-    /// <summary>Reads the numbers of the model with the adapter in its folder; ids and labels are the folder's own.</summary>
+    /// <summary>Reads the numbers of an adapter, for the ids and labels of the folder above.</summary>
     /// <exception cref="IOException">There are none.</exception>
     /// <exception cref="InvalidDataException">They are damaged.</exception>
-    public static ReferenceNumbers ReadAdapter(string folder) => ReadExpected(folder, Path.Combine(AdapterFolder(folder), "expected_adapter"));
+    public static ReferenceNumbers ReadAdapter(string folder) => ReadExpected(folder, "expected_adapter", Path.GetDirectoryName(folder)!);
 
-    /// <summary>The type of the computation that gave a folder's numbers: bfloat16 where expected.json's <c>computed_in</c> begins so, else float32.</summary>
+    /// <summary>The type of the computation that gave a checkpoint's numbers: bfloat16 where expected.json's <c>computed_in</c> begins so, else float32.</summary>
     public static ScalarType ComputedIn(string folder)
     {
         string file = Path.Combine(folder, "expected.json");
@@ -75,19 +72,18 @@ internal sealed class ReferenceNumbers : IDisposable
             ? ScalarType.BFloat16 : ScalarType.Float32;
     }
 
-    private static ReferenceNumbers ReadExpected(string folder) => ReadExpected(folder, Path.Combine(folder, "expected"));
-
-    // The folder's ids and labels, and what files of one name, .safetensors and .json, say of them.
-    private static ReferenceNumbers ReadExpected(string folder, string name)
+    // name.safetensors and name.json; ids and labels from the expected.safetensors of a folder.
+    private static ReferenceNumbers ReadExpected(string folder, string name, string checkpoint)
     {
-        using var inputs = SafetensorsReader.Open(Path.Combine(folder, "expected.safetensors"));
-        using var file = SafetensorsReader.Open(name + ".safetensors");
+        string path = Path.Combine(folder, name + ".safetensors");
+        using var file = SafetensorsReader.Open(path);
+        using var inputs = SafetensorsReader.Open(Path.Combine(checkpoint, "expected.safetensors"));
         using var loss = file.Read("loss");
         using var ids = inputs.Read("input_ids");
         using var labels = inputs.Read("labels");
         if (ids.dim() != 2 || !labels.shape.AsSpan().SequenceEqual(ids.shape) || loss.numel() != 1)
-            throw new InvalidDataException($"'{name}.safetensors' wants one loss, for input_ids and labels of one shape [batch, S] in expected.safetensors.");
-        return FromJson(name + ".json", json =>
+            throw new InvalidDataException($"'{path}' wants one loss, for input_ids and labels of one shape [batch, S] in expected.safetensors.");
+        return FromJson(Path.Combine(folder, name + ".json"), json =>
         {
             var greedy = Property(json, "greedy");
             return new ReferenceNumbers

@@ -155,7 +155,7 @@ public static class LoraExtensions
         else adapter.A.uniform_(-bound, bound);
     }
 
-    /// <summary>What the adapter's file holds, by PEFT's names: every A and B.</summary>
+    /// <summary>A and B of every adapted module, under their names in PEFT's files.</summary>
     internal static IEnumerable<(string Key, Parameter Parameter)> Parameters(CausalLM model) =>
         model.named_parameters().Where(p => p.name.Contains(".lora_", StringComparison.Ordinal)).Select(p => (Key(p.name), p.parameter));
 
