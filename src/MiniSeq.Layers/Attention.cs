@@ -51,42 +51,38 @@ public static class Attention
     /// <param name="scale">Factor of Q Kᵀ, usually D^−½.</param>
     /// <param name="window">How many tokens a token sees, itself among them (Hugging Face <c>sliding_window</c>); null is all before it.</param>
     /// <param name="softcap">Scores s become softcap · tanh(s / softcap) (Gemma 2, <c>attn_logit_softcapping</c>); null leaves them.</param>
-    public static Result Forward(Tensor q, Tensor k, Tensor v, IReadOnlyList<long> lengths, double scale, long? window = null, double? softcap = null)
+    /// <param name="queries">Where q has only the last rows of each document, how many; null is all of them.</param>
+    public static Result Forward(Tensor q, Tensor k, Tensor v, IReadOnlyList<long> lengths, double scale, long? window = null, double? softcap = null, IReadOnlyList<long>? queries = null)
     {
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();
         var sums = new List<Tensor?>();
         Tensor? output = null;
-        long start = 0;
-        foreach (long length in lengths)
+        foreach (var document in Documents(lengths, queries))
         {
-            using var document = NewDisposeScope();
-            Tensor At(Tensor t) => t.narrow(0, start, length);
-            var (o, lse) = One(At(q), At(k), At(v), scale, window, softcap);
+            using var one = NewDisposeScope();
+            var (o, lse) = document.Queries == 0 ? (q.narrow(0, document.FirstQuery, 0), null) : One(document.Q(q), document.Rows(k), document.Rows(v), scale, window, softcap);
             sums.Add(lse?.MoveToOuterDisposeScope());
-            Place(ref output, o, q, start, lengths.Count);
-            start += length;
+            Place(ref output, o, q, document.FirstQuery, lengths.Count);
         }
         return new Result(output!, sums).MoveToOuterDisposeScope();
     }
 
     /// <summary>Gradients of q, k and v, shaped like them, from that of the output [rows, Hq, D].</summary>
     public static (Tensor Dq, Tensor Dk, Tensor Dv) Backward(Tensor dOutput, Tensor q, Tensor k, Tensor v, Result forward, IReadOnlyList<long> lengths, double scale,
-        long? window = null, double? softcap = null)
+        long? window = null, double? softcap = null, IReadOnlyList<long>? queries = null)
     {
         using var scope = NewDisposeScope();
         Tensor? dq = null, dk = null, dv = null;
-        long start = 0;
-        for (int i = 0; i < lengths.Count; i++)
+        foreach (var (document, lse) in Documents(lengths, queries).Zip(forward.LogSumExp))
         {
-            using var document = NewDisposeScope();
-            long length = lengths[i];
-            Tensor At(Tensor t) => t.narrow(0, start, length);
-            var (gq, gk, gv) = OneBackward(At(dOutput), At(q), At(k), At(v), At(forward.Output), forward.LogSumExp[i], scale, window, softcap);
-            Place(ref dq, gq, q, start, lengths.Count);
-            Place(ref dk, gk, k, start, lengths.Count);
-            Place(ref dv, gv, v, start, lengths.Count);
-            start += length;
+            using var one = NewDisposeScope();
+            var (gq, gk, gv) = document.Queries == 0
+                ? (q.narrow(0, document.FirstQuery, 0), zeros_like(document.Rows(k)), zeros_like(document.Rows(v)))
+                : OneBackward(document.Q(dOutput), document.Q(q), document.Rows(k), document.Rows(v), document.Q(forward.Output), lse, scale, window, softcap);
+            Place(ref dq, gq, q, document.FirstQuery, lengths.Count);
+            Place(ref dk, gk, k, document.FirstRow, lengths.Count);
+            Place(ref dv, gv, v, document.FirstRow, lengths.Count);
         }
         return (dq!.MoveToOuterDisposeScope(), dk!.MoveToOuterDisposeScope(), dv!.MoveToOuterDisposeScope());
     }
@@ -122,26 +118,71 @@ public static class Attention
         return p.matmul(Repeated(v)).MoveToOuterDisposeScope();
     }
 
+    /// <summary>A document's rows among all, and those of its queries among these.</summary>
+    private readonly record struct Document(long FirstRow, long Length, long FirstQuery, long Queries)
+    {
+        public Tensor Rows(Tensor t) => t.narrow(0, FirstRow, Length);
+
+        public Tensor Q(Tensor t) => t.narrow(0, FirstQuery, Queries);
+    }
+
+    private static IEnumerable<Document> Documents(IReadOnlyList<long> lengths, IReadOnlyList<long>? queries)
+    {
+        long row = 0, query = 0;
+        for (int i = 0; i < lengths.Count; i++)
+        {
+            long asked = queries?[i] ?? lengths[i];
+            yield return new Document(row, lengths[i], query, asked);
+            (row, query) = (row + lengths[i], query + asked);
+        }
+    }
+
     // The newest rows q [n, Hq, D] of a document against all of k and v: output [n, Hq, D].
     private static (Tensor Output, Tensor? LogSumExp) One(Tensor q, Tensor k, Tensor v, double scale, long? window, double? softcap)
     {
-        if (IsTiled(k.size(0), window, softcap)) return new TiledAttention(scale, window, softcap).Forward(q, k, v);
-        bool causal = q.size(0) > 1;
-        if (q.device_type != DeviceType.CPU) return (Rows(Aten.ScaledDotProductAttention(Heads(q), Heads(k), Heads(v), causal, scale)), null);
-        var (output, lse) = Aten.FlashAttention(Heads(q), Heads(k), Heads(v), causal, scale);
-        return (Rows(output), lse);
+        if (IsTiled(q, k.size(0), window, softcap)) return new TiledAttention(scale, window, softcap).Forward(q, k, v);
+        if (q.device_type != DeviceType.CPU) return (Rows(Aten.ScaledDotProductAttention(Heads(q), Heads(k), Heads(v), causal: q.size(0) > 1, scale)), null);
+        var (before, after) = Split(q, k);
+        var (output, lse) = Aten.FlashAttention(Heads(q), Heads(after(k)), Heads(after(v)), causal: q.size(0) > 1, scale);
+        if (before is null) return (Rows(output), lse);
+        // Two softmaxes become one: each part weighs as much as its share of the sum.
+        var (earlier, earlierLse) = Aten.FlashAttention(Heads(q), Heads(before(k)), Heads(before(v)), causal: false, scale);
+        var both = logaddexp(lse, earlierLse);
+        Tensor Weighted(Tensor part, Tensor sum) => part * (sum - both).exp_().unsqueeze(-1).to(part.dtype);
+        return (Rows(Weighted(output, lse).add_(Weighted(earlier, earlierLse))), both);
     }
 
     private static (Tensor, Tensor, Tensor) OneBackward(Tensor dOutput, Tensor q, Tensor k, Tensor v, Tensor output, Tensor? logSumExp, double scale, long? window, double? softcap)
     {
-        if (IsTiled(k.size(0), window, softcap)) return new TiledAttention(scale, window, softcap).Backward(dOutput, q, k, v, output, logSumExp!);
-        var (dq, dk, dv) = logSumExp is null
-            ? GraphBackward(Heads(dOutput), Heads(q), Heads(k), Heads(v), scale)
-            : Aten.FlashAttentionBackward(Heads(dOutput), Heads(q), Heads(k), Heads(v), Heads(output), logSumExp, causal: true, scale);
-        return (Rows(dq), Rows(dk), Rows(dv));
+        if (IsTiled(q, k.size(0), window, softcap)) return new TiledAttention(scale, window, softcap).Backward(dOutput, q, k, v, output, logSumExp!);
+        if (logSumExp is null)
+        {
+            var (gq, gk, gv) = GraphBackward(Heads(dOutput), Heads(q), Heads(k), Heads(v), scale);
+            return (Rows(gq), Rows(gk), Rows(gv));
+        }
+        (Tensor Dq, Tensor Dk, Tensor Dv) Part(Tensor keys, Tensor values, bool causal)
+        {
+            var (gq, gk, gv) = Aten.FlashAttentionBackward(Heads(dOutput), Heads(q), Heads(keys), Heads(values), Heads(output), logSumExp, causal, scale);
+            return (Rows(gq), Rows(gk), Rows(gv));
+        }
+        var (before, after) = Split(q, k);
+        var last = Part(after(k), after(v), causal: q.size(0) > 1);
+        if (before is null) return last;
+        var first = Part(before(k), before(v), causal: false);
+        return (first.Dq.add_(last.Dq), cat([first.Dk, last.Dk]), cat([first.Dv, last.Dv]));
     }
 
-    private static bool IsTiled(long length, long? window, double? softcap) => softcap is not null || window < length;
+    // The keys that all queries see, and the queries' own rows, as the kernel's causal mask wants them; one of the former only where there are some.
+    private static (Func<Tensor, Tensor>? Before, Func<Tensor, Tensor> After) Split(Tensor q, Tensor k)
+    {
+        long n = q.size(0), earlier = k.size(0) - n;
+        if (earlier == 0 || n == 1) return (null, t => t); // one row sees everything
+        return (t => t.narrow(0, 0, earlier), t => t.narrow(0, earlier, n));
+    }
+
+    // Elsewhere than on the CPU there is no kernel for some queries of a longer document.
+    private static bool IsTiled(Tensor q, long length, long? window, double? softcap) =>
+        softcap is not null || window < length || (q.device_type != DeviceType.CPU && q.size(0) is var n && n > 1 && n < length);
 
     private static (Tensor, Tensor, Tensor) GraphBackward(Tensor dOutput, Tensor q, Tensor k, Tensor v, double scale)
     {

@@ -96,6 +96,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         var plan = new MemoryPlan(Config, batch.RowCount, targets.numel(), DType, options, Device);
         DropoutRows? dropout = Adapter is { LoraDropout: > 0 } && training ? DropoutRows.NewPass() : null;
         var rows = Rows(batch, plan.ChunkRows) with { Dropout = dropout };
+        var wanted = WantedRows.From(targets, batch.Lengths);
         var records = new Stack<LayerRecord>();
         try
         {
@@ -105,15 +106,15 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
                 cancellationToken.ThrowIfCancellationRequested();
                 var record = new LayerRecord(x, policy);
                 records.Push(record);
-                x = layer.Forward(x, rows, (q, k, v) => Attend(layer, record, q, k, v), record);
+                x = layer.Forward(x, rows, (q, k, v) => Attend(layer, record, q, k, v), record, wanted: Wanted(layer));
             }
-            var (loss, gradient) = HeadForwardBackward(x, batch.Targets, targets, scale, plan.LogitRows, dropout);
+            var (loss, gradient) = HeadForwardBackward(x, wanted?.Places(targets) ?? targets, batch.Targets.index_select(0, targets), scale, plan.LogitRows, dropout);
             x.Dispose();
             foreach (var layer in _layers.Reverse())
             {
                 cancellationToken.ThrowIfCancellationRequested();
                 using var record = records.Pop();
-                layer.Backward_(record, gradient, rows, batch.Lengths);
+                gradient = layer.Backward_(record, gradient, rows, batch.Lengths, Wanted(layer));
             }
             _embedding.Backward(batch.InputIds, Config.ScaleEmbeddings ? gradient.mul_(EmbeddingScale) : gradient);
             return new TokenLoss(loss.MoveToOuterDisposeScope(), targets.numel());
@@ -123,9 +124,12 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
             foreach (var record in records) record.Dispose(); // none but after an exception
         }
 
+        // What the head does not read of the last layer is not computed.
+        WantedRows? Wanted(DecoderLayer layer) => layer == _layers[^1] ? wanted : null;
+
         Tensor Attend(DecoderLayer layer, LayerRecord record, Tensor q, Tensor k, Tensor v)
         {
-            var result = layer.Attend(q, k, v, batch.Lengths);
+            var result = layer.Attend(q, k, v, batch.Lengths, Wanted(layer));
             var output = result.Output.alias();
             record.KeepAttention(result);
             return output;
@@ -140,12 +144,13 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         using var noGrad = no_grad();
         var targets = Targets(batch);
         if (targets.numel() == 0) return default;
-        var x = Hidden(batch, options, cancellationToken);
+        var wanted = WantedRows.From(targets, batch.Lengths);
+        var x = Hidden(batch, options, cancellationToken, wanted);
+        var (places, labels) = (wanted?.Places(targets) ?? targets, batch.Targets.index_select(0, targets));
         var (loss, correct) = (zeros([], ScalarType.Float64, Device), zeros([], ScalarType.Int64, Device));
         Chunking.ForEach(targets.numel(), Chunking.LogitRows(options.ChunkSize, targets.numel(), Config.VocabSize, DType), (start, count) =>
         {
-            var at = targets.narrow(0, start, count);
-            var (chunkLoss, chunkCorrect) = LinearCrossEntropy.Score(_norm.forward(x.index_select(0, at)), _head, batch.Targets.index_select(0, at), Config.FinalLogitSoftcapping);
+            var (chunkLoss, chunkCorrect) = LinearCrossEntropy.Score(_norm.forward(x.index_select(0, places.narrow(0, start, count))), _head, labels.narrow(0, start, count), Config.FinalLogitSoftcapping);
             loss.add_(chunkLoss);
             correct.add_(chunkCorrect);
         });
@@ -174,8 +179,8 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         }
     }
 
-    // norm → LM head → loss and all the way back to the last layer's output, on the rows that have a target, a mini-sequence at a time.
-    private (Tensor Loss, Tensor Gradient) HeadForwardBackward(Tensor x, Tensor labels, Tensor targets, double scale, long logitRows, DropoutRows? dropout)
+    // norm → LM head → loss and all the way back to the last layer's output, on its rows that have a target, a mini-sequence at a time.
+    private (Tensor Loss, Tensor Gradient) HeadForwardBackward(Tensor x, Tensor targets, Tensor labels, double scale, long logitRows, DropoutRows? dropout)
     {
         using var scope = NewDisposeScope();
         var loss = zeros([], ScalarType.Float64, Device);
@@ -184,15 +189,15 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         {
             var at = targets.narrow(0, start, count);
             var h = x.index_select(0, at);
-            var (chunkLoss, dn) = LinearCrossEntropy.Chunk(_norm.forward(h), _head, labels.index_select(0, at), scale, softcap: Config.FinalLogitSoftcapping, dropout: dropout?.From(start));
+            var (chunkLoss, dn) = LinearCrossEntropy.Chunk(_norm.forward(h), _head, labels.narrow(0, start, count), scale, softcap: Config.FinalLogitSoftcapping, dropout: dropout?.From(start));
             loss.add_(chunkLoss);
             gradient.index_copy_(0, at, _norm.Backward(h, dn!));
         });
         return (loss.MoveToOuterDisposeScope(), gradient.MoveToOuterDisposeScope());
     }
 
-    // The last layer's output [rows, d], in one buffer.
-    private Tensor Hidden(TokenBatch batch, ComputeOptions options, CancellationToken cancellationToken)
+    // The last layer's output [wanted, d], in one buffer with all before it.
+    private Tensor Hidden(TokenBatch batch, ComputeOptions options, CancellationToken cancellationToken, WantedRows? wanted = null)
     {
         using var scope = NewDisposeScope();
         var rows = Rows(batch, Chunking.Rows(options.ChunkSize, batch.RowCount, Config.IntermediateSize, DType));
@@ -200,7 +205,8 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         foreach (var layer in _layers)
         {
             cancellationToken.ThrowIfCancellationRequested();
-            layer.Forward(x, rows, (q, k, v) => layer.Attend(q, k, v, batch.Lengths).Output, inPlace: true);
+            var asked = layer == _layers[^1] ? wanted : null;
+            x = layer.Forward(x, rows, (q, k, v) => layer.Attend(q, k, v, batch.Lengths, asked).Output, inPlace: true, wanted: asked);
         }
         return x.MoveToOuterDisposeScope();
     }

@@ -3,63 +3,6 @@ using static TorchSharp.torch;
 
 namespace MiniSeq.Models;
 
-/// <summary>What the rows of one pass have in common.</summary>
-/// <param name="Positions">[rows] int64.</param>
-/// <param name="MaxLength">One more than the largest position.</param>
-/// <param name="Rotary">Tables of the rotary embedding.</param>
-/// <param name="ChunkRows">Rows of a mini-sequence.</param>
-/// <param name="Dropout">All rows, for adapters with dropout; null drops nothing.</param>
-internal sealed record RowContext(Tensor Positions, long MaxLength, RotaryEmbedding Rotary, long ChunkRows, DropoutRows? Dropout = null);
-
-/// <summary>What a layer keeps from forward for backward: its input, and more where memory allows. Belongs to no dispose scope.</summary>
-internal sealed class LayerRecord(Tensor input, RecomputePolicy policy) : IDisposable
-{
-    private readonly List<Tensor> _owned = [input.DetachFromDisposeScope()];
-
-    public Tensor Input { get; } = input;
-
-    /// <summary>Output and log-sum-exp.</summary>
-    public Attention.Result? Attention { get; private set; }
-
-    /// <summary>Queries, keys and values after rotation, [rows, heads, D].</summary>
-    public (Tensor Q, Tensor K, Tensor V)? Heads { get; private set; }
-
-    /// <summary>r = x + W_o attention, [rows, d].</summary>
-    public Tensor? Residual { get; private set; }
-
-    /// <summary>Gate and up of the MLP, [rows, I].</summary>
-    public (Tensor Gate, Tensor Up)? Mlp { get; private set; }
-
-    public void KeepAttention(Attention.Result result)
-    {
-        if (policy != RecomputePolicy.Full) Attention = result.DetachFromDisposeScope();
-    }
-
-    public void KeepHeads(Tensor q, Tensor k, Tensor v)
-    {
-        if (policy == RecomputePolicy.None) Heads = (Own(q), Own(k), Own(v));
-    }
-
-    public void MakeRoom(long intermediate)
-    {
-        if (policy != RecomputePolicy.None) return;
-        Tensor Wide() => Own(empty([Input.size(0), intermediate], Input.dtype, Input.device));
-        (Residual, Mlp) = (Own(empty_like(Input)), (Wide(), Wide()));
-    }
-
-    public void Dispose()
-    {
-        foreach (var t in _owned) t.Dispose();
-        Attention?.Dispose();
-    }
-
-    private Tensor Own(Tensor t)
-    {
-        _owned.Add(t.DetachFromDisposeScope());
-        return t;
-    }
-}
-
 /// <summary>
 /// One decoder layer, y = r + MLP(norm(r)), r = x + W_o attention(norm(x)), as a forward/backward pair over rows of a packed batch.
 /// Gemma 2 has norms behind attention and MLP, too: r = x + norm(W_o attention(norm(x))), y = r + norm(MLP(norm(r))).
@@ -120,60 +63,73 @@ internal sealed class DecoderLayer : nn.Module
     }
 
     /// <summary>Attention of a packed batch, as the layer has it.</summary>
-    public Attention.Result Attend(Tensor q, Tensor k, Tensor v, IReadOnlyList<long> lengths) =>
-        Attention.Forward(q, k, v, lengths, _config.AttentionScale, _window, _config.AttnLogitSoftcapping);
+    public Attention.Result Attend(Tensor q, Tensor k, Tensor v, IReadOnlyList<long> lengths, WantedRows? wanted = null) =>
+        Attention.Forward(q, k, v, lengths, _config.AttentionScale, _window, _config.AttnLogitSoftcapping, wanted?.Lengths);
 
     /// <summary>The same for new rows of one text against all of its rows.</summary>
     public Tensor AttendWithCache(Tensor q, Tensor k, Tensor v) => Attention.WithCache(q, k, v, _config.AttentionScale, _window, _config.AttnLogitSoftcapping);
 
-    /// <summary>y for x, both [rows, d]; records no graph.</summary>
+    /// <summary>y for x [rows, d]; records no graph.</summary>
     /// <param name="x">Left as it is, unless <paramref name="inPlace"/>.</param>
     /// <param name="rows">Positions and chunk size.</param>
-    /// <param name="attend">Attention's output [rows, Hq, D] from q [rows, Hq, D] and k, v [rows, Hkv, D].</param>
+    /// <param name="attend">Attention's output [wanted, Hq, D] from q [wanted, Hq, D] and k, v [rows, Hkv, D].</param>
     /// <param name="record">What backward will need; null for inference.</param>
-    /// <param name="inPlace">y takes the memory of x.</param>
-    public Tensor Forward(Tensor x, RowContext rows, Func<Tensor, Tensor, Tensor, Tensor> attend, LayerRecord? record = null, bool inPlace = false)
+    /// <param name="inPlace">y takes the memory of x, where all rows are wanted.</param>
+    /// <param name="wanted">Rows that y is wanted of: queries, output projection and MLP run on those alone; null is all.</param>
+    /// <returns>[wanted, d].</returns>
+    public Tensor Forward(Tensor x, RowContext rows, Func<Tensor, Tensor, Tensor, Tensor> attend, LayerRecord? record = null, bool inPlace = false, WantedRows? wanted = null)
     {
         using var scope = NewDisposeScope();
         Tensor output;
         using (NewDisposeScope())
         {
-            var (q, k, v) = QueryKeyValue(x, rows);
+            var (q, k, v) = QueryKeyValue(x, rows, wanted);
             output = attend(q, k, v).MoveToOuterDisposeScope();
             record?.KeepHeads(q, k, v);
         }
-        record?.MakeRoom(_config.IntermediateSize);
+        var own = Own(x, wanted);
+        record?.MakeRoom(own.size(0), _config.IntermediateSize);
         var attention = output.flatten(1);
-        var y = inPlace ? x : empty_like(x);
-        Chunking.ForEach(x.size(0), rows.ChunkRows, (start, count) =>
+        var y = inPlace ? own : empty_like(own);
+        Chunking.ForEach(own.size(0), rows.ChunkRows, (start, count) =>
         {
             Tensor At(Tensor t) => t.narrow(0, start, count);
-            var r = AfterAttention(At(x), At(attention), rows.Dropout?.From(start));
+            var r = AfterAttention(At(own), At(attention), rows.Dropout?.From(start));
             if (record?.Residual is { } kept) At(kept).copy_(r);
             var mlp = _mlp.ForwardChunk(_mlpNorm.forward(r), record?.Mlp is var (gate, up) ? (At(gate), At(up)) : null, rows.Dropout?.From(start));
             At(y).copy_(Through(_postMlpNorm, mlp).add_(r));
         });
-        return inPlace ? x : y.MoveToOuterDisposeScope();
+        return ReferenceEquals(y, x) ? x : y.MoveToOuterDisposeScope();
     }
 
-    /// <summary>Turns the gradient of y [rows, d] into that of x, in its own memory, and accumulates the weights' gradients.</summary>
+    /// <summary>The gradient of x [rows, d] from that of y [wanted, d], in the same memory where all rows are wanted; the weights' gradients are accumulated.</summary>
     /// <param name="record">Forward's; the caller disposes it.</param>
-    /// <param name="gradient">dy when called, dx when done.</param>
+    /// <param name="gradient">dy. No longer valid afterwards.</param>
     /// <param name="rows">As in forward.</param>
     /// <param name="lengths">Rows of each document.</param>
-    public void Backward_(LayerRecord record, Tensor gradient, RowContext rows, IReadOnlyList<long> lengths)
+    /// <param name="wanted">As in forward.</param>
+    public Tensor Backward_(LayerRecord record, Tensor gradient, RowContext rows, IReadOnlyList<long> lengths, WantedRows? wanted = null)
     {
         using var scope = NewDisposeScope();
         Tensor dq, dk, dv;
         using (NewDisposeScope())
         {
-            var (q, k, v) = record.Heads ?? QueryKeyValue(record.Input, rows);
-            var attention = record.Attention ?? Attend(q, k, v, lengths);
-            var dOutput = BackwardAfterAttention(record, gradient, attention.Output, rows);
-            (dq, dk, dv) = Attention.Backward(dOutput, q, k, v, attention, lengths, _config.AttentionScale, _window, _config.AttnLogitSoftcapping);
+            var (q, k, v) = record.Heads ?? QueryKeyValue(record.Input, rows, wanted);
+            var attention = record.Attention ?? Attend(q, k, v, lengths, wanted);
+            var dOutput = BackwardAfterAttention(record, Own(record.Input, wanted), gradient, attention.Output, rows);
+            (dq, dk, dv) = Attention.Backward(dOutput, q, k, v, attention, lengths, _config.AttentionScale, _window, _config.AttnLogitSoftcapping, wanted?.Lengths);
             foreach (var t in new[] { dq, dk, dv }) t.MoveToOuterDisposeScope();
         }
-        BackwardBeforeAttention(record.Input, gradient, dq, dk, dv, rows);
+        if (wanted is null)
+        {
+            BackwardHeads(record.Input, gradient, rows.Positions, rows, (Q, dq), (K, dk), (V, dv));
+            return gradient;
+        }
+        BackwardHeads(Own(record.Input, wanted), gradient, Positions(rows, wanted), rows, (Q, dq));
+        var all = zeros_like(record.Input).index_copy_(0, wanted.Rows, gradient);
+        gradient.Dispose();
+        BackwardHeads(record.Input, all, rows.Positions, rows, (K, dk), (V, dv));
+        return all.MoveToOuterDisposeScope();
     }
 
     /// <summary>The layer as a user of TorchSharp would write it, recorded by autograd: x [batch, S, d], positions 0..S−1.</summary>
@@ -193,28 +149,38 @@ internal sealed class DecoderLayer : nn.Module
         return (r + Through(_postMlpNorm, _mlp.DownProj.call(act * _mlp.UpProj.call(n)))).MoveToOuterDisposeScope();
     }
 
-    // norm → q, k, v → rotary, a mini-sequence at a time.
-    private (Tensor Q, Tensor K, Tensor V) QueryKeyValue(Tensor x, RowContext rows)
+    private (Tensor Q, Tensor K, Tensor V) QueryKeyValue(Tensor x, RowContext rows, WantedRows? wanted)
     {
-        Tensor All(int heads) => empty([x.size(0), heads, _config.HeadDim], x.dtype, x.device);
-        var (q, k, v) = (All(_config.NumAttentionHeads), All(_config.NumKeyValueHeads), All(_config.NumKeyValueHeads));
+        if (wanted is null)
+        {
+            var all = ForwardHeads(x, rows.Positions, rows, Q, K, V);
+            return (all[0], all[1], all[2]);
+        }
+        var others = ForwardHeads(x, rows.Positions, rows, K, V);
+        return (ForwardHeads(Own(x, wanted), Positions(rows, wanted), rows, Q)[0], others[0], others[1]);
+    }
+
+    // norm → projection → norm of each head → rotary, a mini-sequence at a time: [rows, heads, D] for each part.
+    private Tensor[] ForwardHeads(Tensor x, Tensor positions, RowContext rows, params HeadPart[] parts)
+    {
+        Tensor[] all = [.. parts.Select(p => empty([x.size(0), p.Projection.Weight.size(0) / _config.HeadDim, _config.HeadDim], x.dtype, x.device))];
         Chunking.ForEach(x.size(0), rows.ChunkRows, (start, count) =>
         {
             var h = _attentionNorm.forward(x.narrow(0, start, count));
-            var (cos, sin) = rows.Rotary.Rows(rows.Positions.narrow(0, start, count), rows.MaxLength);
-            var dropout = rows.Dropout?.From(start);
-            var (qc, kc) = (q.narrow(0, start, count), k.narrow(0, start, count));
-            RotaryEmbedding.Rotate_(qc.copy_(Through(_qNorm, Heads(_q.forward(h, dropout)))), cos, sin);
-            RotaryEmbedding.Rotate_(kc.copy_(Through(_kNorm, Heads(_k.forward(h, dropout)))), cos, sin);
-            v.narrow(0, start, count).copy_(Heads(_v.forward(h, dropout)));
+            var (cos, sin) = rows.Rotary.Rows(positions.narrow(0, start, count), rows.MaxLength);
+            foreach (var (part, target) in parts.Zip(all))
+            {
+                var t = target.narrow(0, start, count).copy_(Through(part.Norm, Heads(part.Projection.forward(h, rows.Dropout?.From(start)))));
+                if (part.Turns) RotaryEmbedding.Rotate_(t, cos, sin);
+            }
         });
-        return (q, k, v);
+        return all;
     }
 
     private Tensor AfterAttention(Tensor x, Tensor attention, DropoutRows? dropout) => Through(_postAttentionNorm, _o.forward(attention, dropout)).add_(x);
 
     // dy → dr in place, and the gradient of attention's output.
-    private Tensor BackwardAfterAttention(LayerRecord record, Tensor gradient, Tensor output, RowContext rows)
+    private Tensor BackwardAfterAttention(LayerRecord record, Tensor x, Tensor gradient, Tensor output, RowContext rows)
     {
         var dOutput = empty_like(output);
         var (attention, dAttention) = (output.flatten(1), dOutput.flatten(1));
@@ -223,7 +189,7 @@ internal sealed class DecoderLayer : nn.Module
             Tensor At(Tensor t) => t.narrow(0, start, count);
             var dropout = rows.Dropout?.From(start);
             var (a, dr) = (At(attention), At(gradient));
-            var r = record.Residual is { } kept ? At(kept) : AfterAttention(At(record.Input), a, dropout);
+            var r = record.Residual is { } kept ? At(kept) : AfterAttention(At(x), a, dropout);
             dr.add_(BackwardMlp(r, dr, record.Mlp is var (gate, up) ? (At(gate), At(up)) : null, dropout)); // dr = dy + the way through the MLP
             var dProjected = _postAttentionNorm?.Backward(_o.forward(a, dropout), dr) ?? dr;
             _o.AccumulateGradients(a, dProjected, dropout);
@@ -244,27 +210,41 @@ internal sealed class DecoderLayer : nn.Module
         return _mlpNorm.Backward(r, _mlp.BackwardChunk(n, dy, kept, dropout: dropout)!);
     }
 
-    // dr → dx in place, from the gradients of q, k and v.
-    private void BackwardBeforeAttention(Tensor x, Tensor gradient, Tensor dq, Tensor dk, Tensor dv, RowContext rows) =>
+    // gradient += the way of x through norm, projections and rotary, from the gradients of what these gave; a norm's gradient is linear in dh,
+    // so parts may go one after the other.
+    private void BackwardHeads(Tensor x, Tensor gradient, Tensor positions, RowContext rows, params (HeadPart Part, Tensor Gradient)[] parts) =>
         Chunking.ForEach(x.size(0), rows.ChunkRows, (start, count) =>
         {
             var xc = x.narrow(0, start, count);
             var h = _attentionNorm.forward(xc);
-            var (cos, sin) = rows.Rotary.Rows(rows.Positions.narrow(0, start, count), rows.MaxLength);
+            var (cos, sin) = rows.Rotary.Rows(positions.narrow(0, start, count), rows.MaxLength);
             sin.neg_(); // the gradient of a rotation turns back
             var dropout = rows.Dropout?.From(start);
             Tensor? dh = null;
-            foreach (var (projection, norm, all) in new[] { (_q, _qNorm, dq), (_k, _kNorm, dk), (_v, null, dv) })
+            foreach (var (part, all) in parts)
             {
                 var d = all.narrow(0, start, count);
-                if (!ReferenceEquals(all, dv)) RotaryEmbedding.Rotate_(d, cos, sin);
-                d = (norm?.Backward(Heads(projection.forward(h, dropout)), d) ?? d).flatten(1);
-                projection.AccumulateGradients(h, d, dropout);
-                if (dh is null) dh = projection.InputGradient(d, dropout);
-                else projection.AddInputGradient(dh, d, dropout);
+                if (part.Turns) RotaryEmbedding.Rotate_(d, cos, sin);
+                d = (part.Norm?.Backward(Heads(part.Projection.forward(h, dropout)), d) ?? d).flatten(1);
+                part.Projection.AccumulateGradients(h, d, dropout);
+                if (dh is null) dh = part.Projection.InputGradient(d, dropout);
+                else part.Projection.AddInputGradient(dh, d, dropout);
             }
             gradient.narrow(0, start, count).add_(_attentionNorm.Backward(xc, dh!));
         });
+
+    /// <summary>A projection to heads, the norm of each head, and whether the rotary embedding turns them.</summary>
+    private readonly record struct HeadPart(Projection Projection, RmsNorm? Norm, bool Turns);
+
+    private HeadPart Q => new(_q, _qNorm, true);
+
+    private HeadPart K => new(_k, _kNorm, true);
+
+    private HeadPart V => new(_v, null, false);
+
+    private static Tensor Own(Tensor x, WantedRows? wanted) => wanted is null ? x : x.index_select(0, wanted.Rows);
+
+    private static Tensor Positions(RowContext rows, WantedRows wanted) => rows.Positions.index_select(0, wanted.Rows);
 
     private static Tensor Through(RmsNorm? norm, Tensor x) => norm?.forward(x) ?? x;
 

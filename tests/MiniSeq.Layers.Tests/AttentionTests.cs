@@ -53,6 +53,30 @@ public sealed class AttentionTests
         Close(gv, v.grad, 1e-12);
     }
 
+    [Theory]
+    [InlineData(null, null)]
+    [InlineData(6L, null)]
+    [InlineData(null, 2.0)]
+    public void SomeQueriesGiveTheLastRowsOfTheWhole(long? window, double? softcap)
+    {
+        using var scope = NewDisposeScope();
+        long[] lengths = [9, 4, 7, 5], asked = [3, 4, 0, 1];
+        Tensor Random(int heads) => randn(25, heads, 8, dtype: ScalarType.Float64);
+        var (q, k, v, dy) = (Random(4), Random(2), Random(2), Random(4));
+        var rows = tensor(new long[] { 6, 7, 8, 9, 10, 11, 12, 24 });
+        Tensor Last(Tensor t) => t.index_select(0, rows);
+        using var all = Attention.Forward(q, k, v, lengths, 0.3, window, softcap);
+        var masked = zeros_like(dy).index_copy_(0, rows, Last(dy));
+        var (dq, dk, dv) = Attention.Backward(masked, q, k, v, all, lengths, 0.3, window, softcap);
+
+        using var some = Attention.Forward(Last(q), k, v, lengths, 0.3, window, softcap, asked);
+        var (sq, sk, sv) = Attention.Backward(Last(dy), Last(q), k, v, some, lengths, 0.3, window, softcap, asked);
+        Close(some.Output, Last(all.Output), 1e-12);
+        Close(sq, Last(dq), 1e-12);
+        Close(sk, dk, 1e-12);
+        Close(sv, dv, 1e-12);
+    }
+
     [Fact]
     public void WithCacheEqualsTheLastRowOfTheWhole()
     {
