@@ -38,12 +38,14 @@ longest.SetAction(p => Finish(p, Make(p).RunLongest((long)p.GetValue(budget) << 
 var root = new RootCommand("Measures MiniSeqMLNet against the plain TorchSharp forms, and checks it against reference numbers.") { step, longest, ReferenceCommand.Create() };
 try
 {
-    return root.Parse(args).Invoke(new InvocationConfiguration { EnableDefaultExceptionHandler = false });
+    var parsed = root.Parse(args);
+    int code = parsed.Invoke(new InvocationConfiguration { EnableDefaultExceptionHandler = false });
+    return parsed.Errors.Count > 0 ? 2 : code;
 }
-catch (Exception e) when (e is ArgumentException or InvalidDataException or InvalidOperationException or IOException)
+catch (Exception e) when (e is ArgumentException or InvalidDataException or InvalidOperationException or IOException or UnauthorizedAccessException)
 {
     Console.Error.WriteLine(e.Message);
-    return 1;
+    return 2; // 1 is a difference that was measured
 }
 
 Comparison Make(ParseResult p) => new()

@@ -57,9 +57,11 @@ internal sealed class ReferenceCommand
     {
         ScalarType? dtype = p.GetValue(_dtype) is { } said ? Enum.Parse<ScalarType>(said, ignoreCase: true) : null;
         ComputeOptions[] options = [.. p.GetValue(_chunk)!.SelectMany(chunk => p.GetValue(_recompute)!.Select(policy => new ComputeOptions(chunk, policy)))];
+        // Before the work: a name that cannot be written is known at once.
+        using var json = p.GetValue(_output) is { } file ? new StreamWriter(file.FullName) : null;
         List<Line> lines = [.. p.GetValue(_folders)!.SelectMany(Models).Select(folder => Check(folder, dtype, options, p.GetValue(_tolerance)))];
         Table(lines);
-        if (p.GetValue(_output) is { } file) File.WriteAllText(file.FullName, Json(lines) + Environment.NewLine);
+        if (json is not null) json.Write(Json(lines) + Environment.NewLine);
         return ExitCode(lines);
     }
 
@@ -85,7 +87,7 @@ internal sealed class ReferenceCommand
         {
             return new Line(name, null, Refused: e.Message);
         }
-        catch (Exception e) when (e is IOException or InvalidDataException or UnauthorizedAccessException or KeyNotFoundException or ArgumentException)
+        catch (Exception e) // of whatever kind: the other folders are still to be checked
         {
             Console.Error.WriteLine(e.Message);
             return new Line(name, null, Unreadable: e.Message);

@@ -19,7 +19,7 @@ internal sealed class ReferenceFolder : IDisposable
     public static bool IsModel(string folder) => File.Exists(Path.Combine(folder, "config.json"));
 
     /// <summary>Whether a folder holds an adapter for the checkpoint in the folder above, with numbers.</summary>
-    public static bool IsAdapter(string folder) => File.Exists(Path.Combine(folder, "adapter_config.json")) && File.Exists(Path.Combine(folder, "expected_adapter.safetensors"));
+    public static bool IsAdapter(string folder) => File.Exists(Path.Combine(folder, "expected_adapter.safetensors"));
 
     /// <summary>What a folder is called in the table.</summary>
     public static string NameOf(string folder)

@@ -14,9 +14,15 @@ namespace MiniSeq.Layers;
 /// </remarks>
 public static class Attention
 {
+    /// <summary>Rows of a tile of scores, where attention runs in tiles.</summary>
+    public const int TileQueries = 256;
+
+    /// <summary>Columns of such a tile.</summary>
+    public const int TileKeys = 512;
+
     /// <summary>The output and, where the form has one, the log-sum-exp of each document, kept or recomputed for <see cref="Backward"/>.</summary>
     /// <param name="Output">[rows, Hq, D].</param>
-    /// <param name="LogSumExp">One a document; null where scaled_dot_product_attention keeps none.</param>
+    /// <param name="LogSumExp">One a document: [1, Hq, n] from the flash kernel, [Hkv, Hq/Hkv · n] from tiles, null where scaled_dot_product_attention keeps none.</param>
     public sealed record Result(Tensor Output, IReadOnlyList<Tensor?> LogSumExp) : IDisposable
     {
         /// <summary>Moves the tensors to the enclosing dispose scope.</summary>

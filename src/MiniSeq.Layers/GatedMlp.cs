@@ -8,7 +8,7 @@ namespace MiniSeq.Layers;
 /// </summary>
 /// <remarks>
 /// Only x is kept for backward, which recomputes gate and up a chunk at a time: 11 matrix products in all against 9 unchunked and
-/// 12 with recomputation of the whole layer. Outputs and gradients are those of the unchunked layer. Weight gradients are added to
+/// 12 with recomputation of the whole layer (adapters add some of low rank). Outputs and gradients are those of the unchunked layer. Weight gradients are added to
 /// <c>.grad</c> directly (float32 for 16-bit weights), so <c>autograd.grad</c> for a weight and double backward are not available.
 /// Names of parameters follow Hugging Face: <c>gate_proj</c>, <c>up_proj</c>, <c>down_proj</c>.
 /// </remarks>
@@ -29,12 +29,22 @@ public sealed class GatedMlp : nn.Module<Tensor, Tensor>
     /// <param name="dtype">Type of the weights.</param>
     /// <param name="device">Device of the weights.</param>
     public GatedMlp(long hiddenSize, long intermediateSize, Activation activation = Activation.Silu, bool bias = false,
-        int chunkSize = Chunking.Auto, ScalarType dtype = ScalarType.Float32, Device? device = null) : base(nameof(GatedMlp))
+        int chunkSize = Chunking.Auto, ScalarType dtype = ScalarType.Float32, Device? device = null)
+        : this(new Projection(hiddenSize, intermediateSize, bias, dtype, device), new Projection(hiddenSize, intermediateSize, bias, dtype, device),
+            new Projection(intermediateSize, hiddenSize, bias, dtype, device), activation, chunkSize)
+    {
+    }
+
+    /// <summary>A gated MLP over existing projections, shared and not copied.</summary>
+    /// <param name="gate">d to I.</param>
+    /// <param name="up">d to I.</param>
+    /// <param name="down">I to d.</param>
+    /// <param name="activation">SiLU makes it SwiGLU, tanh GELU makes it GeGLU.</param>
+    /// <param name="chunkSize">Rows of a mini-sequence, or <see cref="Chunking.Auto"/>.</param>
+    public GatedMlp(Projection gate, Projection up, Projection down, Activation activation = Activation.Silu, int chunkSize = Chunking.Auto) : base(nameof(GatedMlp))
     {
         ArgumentOutOfRangeException.ThrowIfNegative(chunkSize);
-        _gate = new Projection(hiddenSize, intermediateSize, bias, dtype, device);
-        _up = new Projection(hiddenSize, intermediateSize, bias, dtype, device);
-        _down = new Projection(intermediateSize, hiddenSize, bias, dtype, device);
+        (_gate, _up, _down) = (gate, up, down);
         (_activation, _chunkSize) = (activation, chunkSize);
         register_module("gate_proj", _gate);
         register_module("up_proj", _up);
@@ -68,6 +78,13 @@ public sealed class GatedMlp : nn.Module<Tensor, Tensor>
         var result = new Tensor?[node.NeedsInputGrad.Count];
         if (gradients[0] is { } dy) result[0] = BackwardAll(x, dy, node.NeedsInputGrad[0]);
         return result; // the weights' gradients are in .grad already
+    }
+
+    /// <summary>The layer as a user of TorchSharp would write it, unchunked and recorded by autograd. Shapes: x [.., d], y [.., d].</summary>
+    public Tensor Plain(Tensor x)
+    {
+        using var scope = NewDisposeScope();
+        return _down.call(ActivationFunctions.Apply(_activation, _gate.call(x)) * _up.call(x)).MoveToOuterDisposeScope();
     }
 
     /// <summary>y of one mini-sequence. Shapes: x [rows, d], y [rows, d]. Records no graph of its own.</summary>

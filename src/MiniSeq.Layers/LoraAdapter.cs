@@ -45,7 +45,7 @@ public sealed class LoraAdapter : IDisposable
     public double Scale { get; }
 
     /// <summary>Puts A and B among the parameters of a module, as <c>{prefix}A.weight</c> and <c>{prefix}B.weight</c>; null takes out what is there.</summary>
-    public static void Register(nn.Module owner, string prefix, LoraAdapter? adapter)
+    internal static void Register(nn.Module owner, string prefix, LoraAdapter? adapter)
     {
         foreach (var (name, matrix) in new[] { ($"{prefix}A", adapter?._a), ($"{prefix}B", adapter?._b) })
         {

@@ -44,6 +44,7 @@ public sealed class RmsNorm : nn.Module<Tensor, Tensor>
     public Tensor Backward(Tensor x, Tensor dy)
     {
         using var scope = NewDisposeScope();
+        using var noGrad = no_grad();
         var (n, r) = Normalize(x);
         var g = dy.to(n.dtype);
         if (_weight.requires_grad) Gradients.Accumulate(_weight, (g * n).reshape(-1, n.size(-1)).sum(dim: 0));

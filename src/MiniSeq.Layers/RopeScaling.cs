@@ -6,10 +6,10 @@ namespace MiniSeq.Layers;
 public abstract record RopeScaling
 {
     /// <summary>Factor of cos and sin.</summary>
-    public virtual double AttentionFactor => 1;
+    internal virtual double Magnitude => 1;
 
     /// <summary>The inverse frequencies θ^(−2i/D), [D/2] float32, stretched: a new tensor.</summary>
-    public abstract Tensor Scale(Tensor inverseFrequencies, double theta);
+    internal abstract Tensor Scale(Tensor inverseFrequencies, double theta);
 
     // 0 below the first, 1 above the second, a straight line between.
     private protected static Tensor Ramp(Tensor x, double from, double to) => ((x - from) / (to - from)).clamp(0, 1);
@@ -18,8 +18,7 @@ public abstract record RopeScaling
 /// <summary>Position interpolation (Chen et al. 2023, arXiv 2306.15595), <c>rope_type: linear</c>: every angle divided by the factor.</summary>
 public sealed record LinearRopeScaling(double Factor) : RopeScaling
 {
-    /// <inheritdoc/>
-    public override Tensor Scale(Tensor inverseFrequencies, double theta) => inverseFrequencies / Factor;
+    internal override Tensor Scale(Tensor inverseFrequencies, double theta) => inverseFrequencies / Factor;
 }
 
 /// <summary>
@@ -32,8 +31,7 @@ public sealed record LinearRopeScaling(double Factor) : RopeScaling
 /// <param name="OriginalMaxPositionEmbeddings">Tokens of the longest text of pre-training.</param>
 public sealed record Llama3RopeScaling(double Factor, double LowFreqFactor, double HighFreqFactor, int OriginalMaxPositionEmbeddings) : RopeScaling
 {
-    /// <inheritdoc/>
-    public override Tensor Scale(Tensor inverseFrequencies, double theta)
+    internal override Tensor Scale(Tensor inverseFrequencies, double theta)
     {
         using var scope = NewDisposeScope();
         var turns = inverseFrequencies * (OriginalMaxPositionEmbeddings / (2 * Math.PI)); // original / wavelength
@@ -42,19 +40,20 @@ public sealed record Llama3RopeScaling(double Factor, double LowFreqFactor, doub
     }
 }
 
-/// <summary>YaRN (Peng et al. 2023, arXiv 2309.00071), <c>rope_type: yarn</c>: as Llama 3's, by turns over the original length, and a temperature of attention.</summary>
+/// <summary>
+/// YaRN (Peng et al. 2023, arXiv 2309.00071), <c>rope_type: yarn</c>: as Llama 3's, by turns over the original length, and a temperature of
+/// attention. As in the paper and transformers 5; some 4.x versions took max_position_embeddings / original for the factor, whatever the file said.
+/// </summary>
 /// <param name="Factor">Of the long wavelengths.</param>
 /// <param name="OriginalMaxPositionEmbeddings">Tokens of the longest text of pre-training.</param>
 /// <param name="BetaFast">Dimensions that turn more often than this are not stretched.</param>
 /// <param name="BetaSlow">Those that turn less often are stretched in full.</param>
-/// <param name="GivenAttentionFactor">Of cos and sin; null is 0.1 ln(factor) + 1.</param>
-public sealed record YarnRopeScaling(double Factor, int OriginalMaxPositionEmbeddings, double BetaFast = 32, double BetaSlow = 1, double? GivenAttentionFactor = null) : RopeScaling
+/// <param name="AttentionFactor">Of cos and sin; null is 0.1 ln(factor) + 1.</param>
+public sealed record YarnRopeScaling(double Factor, int OriginalMaxPositionEmbeddings, double BetaFast = 32, double BetaSlow = 1, double? AttentionFactor = null) : RopeScaling
 {
-    /// <inheritdoc/>
-    public override double AttentionFactor => GivenAttentionFactor ?? (Factor <= 1 ? 1 : (0.1 * Math.Log(Factor)) + 1);
+    internal override double Magnitude => AttentionFactor ?? (Factor <= 1 ? 1 : (0.1 * Math.Log(Factor)) + 1);
 
-    /// <inheritdoc/>
-    public override Tensor Scale(Tensor inverseFrequencies, double theta)
+    internal override Tensor Scale(Tensor inverseFrequencies, double theta)
     {
         using var scope = NewDisposeScope();
         long half = inverseFrequencies.size(0), dim = 2 * half;

@@ -29,7 +29,7 @@ public sealed class RotaryEmbedding : IDisposable
         var exponent = arange(0, headDim, 2, ScalarType.Float32, device) / headDim;
         var frequencies = pow(theta, exponent).reciprocal_();
         _inverseFrequencies = (scaling?.Scale(frequencies, theta) ?? frequencies).DetachFromDisposeScope();
-        (_dtype, _attentionFactor) = (dtype, scaling?.AttentionFactor ?? 1);
+        (_dtype, _attentionFactor) = (dtype, scaling?.Magnitude ?? 1);
     }
 
     /// <summary>cos and sin of rows [positions, 1, D/2]; the caller disposes them.</summary>

@@ -9,9 +9,10 @@ namespace MiniSeq.Layers;
 /// </summary>
 /// <remarks>
 /// q [n, Hq, D] are the last n of the rows of k and v [T, Hkv, D]. A token sees itself and, with a window w, the w − 1 before it. Scores are
-/// s = cap · tanh(scale · q kᵀ / cap) (Gemma 2, arXiv 2408.00118), softmax and its sums float32 or better.
+/// s = cap · tanh(scale · q kᵀ / cap) (Gemma 2, arXiv 2408.00118). Scores, their gradients
+/// and the softmax are float32 or better: rounded to 16 bits they would lose five times what the flash kernel loses.
 /// </remarks>
-internal sealed class TiledAttention(double scale, long? window, double? softcap, long queryRows = 256, long keyRows = 512)
+internal sealed class TiledAttention(double scale, long? window, double? softcap, long queryRows = Attention.TileQueries, long keyRows = Attention.TileKeys)
 {
     private const double Unseen = -1e30; // finite, so that a row without a visible key in a tile stays a number until a later tile
 
@@ -60,7 +61,7 @@ internal sealed class TiledAttention(double scale, long? window, double? softcap
             var block = new Block(Grouped(q, start, count, k.size(1)), k.size(0) - q.size(0) + start, count);
             var dy = Grouped(dOutput, start, count, k.size(1));
             var lse = Sums(logSumExp, start, count, q.size(0)).reshape(k.size(1), -1, 1);
-            var along = (dy * Grouped(output, start, count, k.size(1))).sum(-1, keepdim: true, type: wide);
+            var along = (dy.to(wide) * Grouped(output, start, count, k.size(1))).sum(-1, keepdim: true);
             var dqBlock = zeros(block.Q.shape, wide, q.device);
             ForEachTile(block, k.size(0), (from, length) =>
             {
@@ -68,7 +69,7 @@ internal sealed class TiledAttention(double scale, long? window, double? softcap
                 var (s, capped) = Scores(block, keys, from, length);
                 var p = s.sub_(lse).exp_();
                 At(dValues).add_(p.to(v.dtype).transpose(1, 2).bmm(dy));
-                var ds = dy.bmm(At(values).transpose(1, 2)).to(wide).sub_(along).mul_(p);
+                var ds = dy.to(wide).bmm(At(values).transpose(1, 2).to(wide)).sub_(along).mul_(p);
                 if (capped is not null) ds.mul_(capped.mul_(capped).neg_().add_(1));
                 var narrow = ds.mul_(scale).to(q.dtype);
                 dqBlock.add_(narrow.bmm(At(keys)));
@@ -103,7 +104,8 @@ internal sealed class TiledAttention(double scale, long? window, double? softcap
     // Masked scores, and s / cap before the mask where there is a cap.
     private (Tensor Scores, Tensor? Capped) Scores(Block block, Tensor keys, long from, long length)
     {
-        var s = block.Q.bmm(keys.narrow(1, from, length).transpose(1, 2)).to(Gradients.AccumulationType(keys.dtype)).mul_(scale);
+        var wide = Gradients.AccumulationType(keys.dtype);
+        var s = block.Q.to(wide).bmm(keys.narrow(1, from, length).transpose(1, 2).to(wide)).mul_(scale);
         Tensor? capped = null;
         if (softcap is { } cap)
         {

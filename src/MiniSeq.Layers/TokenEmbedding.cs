@@ -20,6 +20,13 @@ public sealed class TokenEmbedding : nn.Module<Tensor, Tensor>
         register_parameter("weight", _weight);
     }
 
+    /// <summary>Embeddings over an existing parameter [V, d].</summary>
+    public TokenEmbedding(Parameter weight) : base(nameof(TokenEmbedding))
+    {
+        _weight = weight;
+        register_parameter("weight", _weight);
+    }
+
     /// <summary>E, [V, d]. A head may share it (tied embeddings).</summary>
     public Parameter Weight => _weight;
 

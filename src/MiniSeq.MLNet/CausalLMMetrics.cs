@@ -16,4 +16,7 @@ public sealed class CausalLMMetrics
 
     /// <summary>Label tokens, over which the other figures are means.</summary>
     public long TokenCount { get; }
+
+    /// <summary>All figures on one line.</summary>
+    public override string ToString() => string.Create(System.Globalization.CultureInfo.InvariantCulture, $"loss {Loss:F4}, perplexity {Perplexity:F3}, token accuracy {TokenAccuracy:F4} over {TokenCount} tokens");
 }

@@ -11,7 +11,7 @@ internal sealed class GenerationSession : IDisposable
     private bool _disposed;
 
     /// <summary>Takes the model over: it is disposed with the session, and here if the settings do not fit it.</summary>
-    public GenerationSession(CausalLM model, HuggingFaceTokenizer tokenizer, PipelineSettings settings, ModelFiles? adapted = null)
+    public GenerationSession(CausalLM model, HuggingFaceTokenizer tokenizer, PipelineSettings settings, AdaptedCheckpoint? adapted = null)
     {
         (Model, Tokenizer, Settings, Adapted) = (model, tokenizer, settings, adapted);
         try
@@ -33,7 +33,7 @@ internal sealed class GenerationSession : IDisposable
     public PipelineSettings Settings { get; }
 
     /// <summary>The checkpoint below the model's adapter; null where there is no adapter.</summary>
-    public ModelFiles? Adapted { get; }
+    public AdaptedCheckpoint? Adapted { get; }
 
     public bool IsDisposed => Volatile.Read(ref _disposed);
 
@@ -89,8 +89,12 @@ internal sealed class GenerationSession : IDisposable
     /// <summary>Writes a Hugging Face folder: config.json, generation_config.json, weights, with the adapter merged into them, and tokenizer.</summary>
     public void SavePretrained(string folder) => Save(folder, () => Model.SavePretrained(folder, mergeAdapter: true));
 
-    /// <summary>Writes a PEFT folder: adapter_config.json, adapter_model.safetensors, and the tokenizer.</summary>
-    public void SaveAdapter(string folder) => Save(folder, () => Model.SaveAdapter(folder));
+    /// <summary>Writes a PEFT folder: adapter_config.json, adapter_model.safetensors, and, to use it by, tokenizer and generation_config.json.</summary>
+    public void SaveAdapter(string folder)
+    {
+        if (File.Exists(Path.Combine(folder, "config.json"))) throw new InvalidOperationException($"'{folder}' holds a checkpoint: an adapter's tokenizer would overwrite its own. Choose another folder.");
+        Save(folder, () => Model.SaveAdapter(folder));
+    }
 
     private void Save(string folder, Action saveWeights)
     {

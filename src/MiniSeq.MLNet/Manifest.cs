@@ -11,7 +11,7 @@ namespace MiniSeq.MLNet;
 /// <param name="Adapted">The checkpoint that the adapter is for; null where the folder has the weights themselves.</param>
 internal sealed record Manifest(int Version, PipelineSettings Settings, string Folder, IReadOnlyDictionary<string, FileSeal> Files, ModelFiles? Adapted = null)
 {
-    private const int WithoutAdapter = 1; // readable by the first version of the library
+    private const int FirstVersion = 1; // what the first version of the library reads: without adapter and chat template
     private const int CurrentVersion = 2;
 
     /// <summary>The folder beside the zip file.</summary>
@@ -26,8 +26,8 @@ internal sealed record Manifest(int Version, PipelineSettings Settings, string F
         try
         {
             var manifest = JsonSerializer.Deserialize<Manifest>(json.Span) ?? throw new JsonException("it is null");
-            if (manifest.Version is not (WithoutAdapter or CurrentVersion))
-                throw new InvalidDataException($"The MiniSeq model has manifest version {manifest.Version}; this library reads versions {WithoutAdapter} to {CurrentVersion}. Update MiniSeq.MLNet.");
+            if (manifest.Version is not (FirstVersion or CurrentVersion))
+                throw new InvalidDataException($"The MiniSeq model has manifest version {manifest.Version}; this library reads versions {FirstVersion} to {CurrentVersion}. Update MiniSeq.MLNet.");
             if (manifest.Settings is null || !manifest.Weights.IsWhole || manifest.Adapted is { IsWhole: false })
                 throw new JsonException("a part is missing, or a file is not in the folder itself");
             return manifest;
@@ -45,7 +45,9 @@ internal sealed record Manifest(int Version, PipelineSettings Settings, string F
     {
         string place = ModelPlace.Folder ?? Environment.CurrentDirectory;
         string? wanted = weightsFolder is null ? null : Path.GetFullPath(weightsFolder, place);
+        var adapted = session.Adapted?.Seal();
         var (folder, files) = WeightsFolder.Write(session.Adapted is null ? session.SavePretrained : session.SaveAdapter, Path.GetDirectoryName(wanted) ?? place, wanted);
-        return new Manifest(session.Adapted is null ? WithoutAdapter : CurrentVersion, session.Settings, folder, files, session.Adapted);
+        int version = adapted is null && session.Settings.ChatTemplate is null ? FirstVersion : CurrentVersion;
+        return new Manifest(version, session.Settings, folder, files, adapted);
     }
 }

@@ -55,12 +55,13 @@ public sealed class MiniSeqCatalog
     /// <param name="outputColumnName">Gets the generated text.</param>
     /// <param name="promptTemplate">Text around the document, with <c>{input}</c> once.</param>
     /// <param name="maxLength">The most tokens of a prompt and what is written after it; null takes the model's.</param>
+    /// <param name="labelColumnName">The text wanted, for <see cref="Evaluate"/>; null evaluates on the input text itself.</param>
     /// <exception cref="ArgumentException">A value is outside its range.</exception>
     /// <exception cref="FileNotFoundException">A folder lacks a file.</exception>
     /// <exception cref="InvalidDataException">A file is damaged, or the adapter is another model's.</exception>
     /// <exception cref="NotSupportedException">An architecture or setting that this library does not compute.</exception>
     public MiniSeqTransformer LoadPretrained(string model, string? adapter = null, string inputColumnName = "Document", string outputColumnName = "GeneratedText",
-        string promptTemplate = DocumentEncoder.InputPlaceholder, int? maxLength = null) => LoadPretrained(new PretrainedOptions
+        string promptTemplate = DocumentEncoder.InputPlaceholder, int? maxLength = null, string? labelColumnName = null) => LoadPretrained(new PretrainedOptions
         {
             Model = model,
             Adapter = adapter,
@@ -68,9 +69,15 @@ public sealed class MiniSeqCatalog
             OutputColumnName = outputColumnName,
             PromptTemplate = promptTemplate,
             MaxLength = maxLength,
+            LabelColumnName = labelColumnName,
         });
 
     /// <summary>The same with all options.</summary>
+    /// <param name="options">Read now: later changes have no effect.</param>
+    /// <exception cref="ArgumentException">A value is outside its range.</exception>
+    /// <exception cref="FileNotFoundException">A folder lacks a file.</exception>
+    /// <exception cref="InvalidDataException">A file is damaged, or the adapter is another model's.</exception>
+    /// <exception cref="NotSupportedException">An architecture or setting that this library does not compute.</exception>
     public MiniSeqTransformer LoadPretrained(PretrainedOptions options)
     {
         ArgumentNullException.ThrowIfNull(options);
@@ -114,7 +121,17 @@ public sealed class MiniSeqCatalog
     public void Save(ITransformer model, DataViewSchema? inputSchema, string filePath)
     {
         using var place = ModelPlace.Enter(filePath);
-        _context.Model.Save(model, inputSchema, filePath);
+        // ML.NET writes into the file itself: what is there already would be gone with a save that fails.
+        string temporary = $"{filePath}.{Guid.NewGuid():N}.tmp";
+        try
+        {
+            _context.Model.Save(model, inputSchema, temporary);
+            File.Move(temporary, filePath, overwrite: true);
+        }
+        finally
+        {
+            File.Delete(temporary);
+        }
     }
 
     /// <summary><c>mlContext.Model.Load</c> that looks for the folders of weights beside the file first, on every system.</summary>

@@ -101,9 +101,9 @@ public sealed class MiniSeqEstimator : IEstimator<MiniSeqTransformer>
         var encoder = session.Settings.Encoder(session.Tokenizer);
         var (sequences, empty, tooLong) = TextRows.Read(data, _options.InputColumnName, _options.LabelColumnName, encoder, _options.CancellationToken);
         channel.Say($"{use} rows: {sequences.Count} with {sequences.Sum(s => (long)s.Length)} tokens, {sequences.Sum(s => s.TargetCount)} of them targets; {encoder.TruncatedCount} documents truncated; {empty} rows skipped for an empty text");
-        string fault = $"{tooLong} {use} rows are skipped: what is learned of them is never cut, and takes more than the {session.Settings.MaxLength} tokens of MaxLength.";
-        if (tooLong > 0 && sequences.Count == 0) throw new ArgumentException($"No row is left. {fault}", nameof(data));
-        if (tooLong > 0) channel.Warning(MessageSensitivity.None, "{0}", fault);
+        if (sequences.Count == 0) throw new ArgumentException($"No {use} row is left: {empty} skipped for an empty text, {tooLong} because what is learned of them, which is never cut, takes more than the {session.Settings.MaxLength} tokens of MaxLength.", nameof(data));
+        if (tooLong > 0)
+            channel.Warning(MessageSensitivity.None, "{0}", $"{use} rows skipped because what is learned of them, which is never cut, takes more than the {session.Settings.MaxLength} tokens of MaxLength: {tooLong}");
         return sequences;
     }
 

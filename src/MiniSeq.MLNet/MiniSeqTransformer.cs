@@ -50,16 +50,16 @@ public sealed class MiniSeqTransformer : ITransformer, IDisposable
 
     /// <summary>Writes the model as a Hugging Face folder: config.json, generation_config.json, model.safetensors, tokenizer. An adapter is merged into the weights written.</summary>
     /// <param name="folder">Made where it does not exist.</param>
-    /// <exception cref="InvalidOperationException">The adapter is on the embedding or the head of a model where they are one matrix.</exception>
+    /// <exception cref="InvalidOperationException">The adapter is on the embedding or the head of a model where they are one matrix; or the folder is that of an adapter.</exception>
     public void SavePretrained(string folder)
     {
         ArgumentException.ThrowIfNullOrEmpty(folder);
         _session.SavePretrained(folder);
     }
 
-    /// <summary>Writes the adapter as a PEFT folder: adapter_config.json, adapter_model.safetensors, and the tokenizer beside them.</summary>
+    /// <summary>Writes the adapter as a PEFT folder: adapter_config.json, adapter_model.safetensors, and beside them tokenizer and generation_config.json.</summary>
     /// <param name="folder">Made where it does not exist.</param>
-    /// <exception cref="InvalidOperationException">The model has no adapter.</exception>
+    /// <exception cref="InvalidOperationException">The model has no adapter, or the folder is that of a checkpoint.</exception>
     public void SaveAdapter(string folder)
     {
         ArgumentException.ThrowIfNullOrEmpty(folder);

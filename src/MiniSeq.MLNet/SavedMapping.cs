@@ -88,7 +88,7 @@ internal sealed class SavedMapping(IReadOnlyList<string> places)
         try
         {
             if (manifest.Adapted is not null) model.LoadAdapter(folder);
-            return new GenerationSession(model, tokenizer, manifest.Settings, manifest.Adapted);
+            return new GenerationSession(model, tokenizer, manifest.Settings, manifest.Adapted is { } files ? new AdaptedCheckpoint(files) : null);
         }
         catch
         {

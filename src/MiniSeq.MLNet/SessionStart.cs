@@ -22,13 +22,16 @@ internal static class SessionStart
         if (adapter is not null) LoraConfig.FromPretrained(adapter);
         var tokenizer = options.Tokenizer ?? HuggingFaceTokenizer.FromPretrained(options.Model!);
         int? endOfTurn = options.ChatTemplate is { } kind ? new ChatTemplate(tokenizer, kind).EndOfTurnTokenId : null;
-        random.manual_seed(seed);
+        var below = options.Lora is null && adapter is null ? null : new AdaptedCheckpoint(options.Model!);
+        if (options.Config is not null || options.Lora is not null) random.manual_seed(seed);
         var model = Model(options, tokenizer, device, channel);
         try
         {
+            if (options.MaxLength > model.Config.MaxPositionEmbeddings)
+                channel.Warning(MessageSensitivity.None, "{0}", $"MaxLength is {options.MaxLength}, and the model was made for texts of {model.Config.MaxPositionEmbeddings} tokens (max_position_embeddings): it may not know what to make of later positions");
             Adapt(model, options, adapter);
             var settings = Settings(options, model, [.. model.Config.EosTokenIds, .. tokenizer.EosTokenIds, .. endOfTurn is { } end ? new[] { end } : []], seed);
-            return new GenerationSession(model, tokenizer, settings, model.Adapter is null ? null : ModelFiles.OfCheckpoint(options.Model!));
+            return new GenerationSession(model, tokenizer, settings, below);
         }
         catch
         {

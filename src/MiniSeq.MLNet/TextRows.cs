@@ -72,7 +72,7 @@ internal static class TextRows
     public static ArgumentException InRow(long row, ArgumentException error) => new($"Row {row}: {error.Message}", error);
 
     private static ArgumentOutOfRangeException Missing(string role, string name) =>
-        new("inputSchema", $"Could not find {role} column '{name}'");
+        new("inputSchema", $"Could not find {role} column '{name}'{(role == "label" ? " (LabelColumnName = null learns the input text itself)" : "")}");
 
     private static ArgumentOutOfRangeException Mistyped(string role, string name, string got) =>
         new("inputSchema", $"Schema mismatch for {role} column '{name}': expected String, got {got}");

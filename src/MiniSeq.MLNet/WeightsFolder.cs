@@ -1,7 +1,6 @@
 using System.Security.Cryptography;
 using System.Text;
 using System.Text.Json.Serialization;
-using System.Text.RegularExpressions;
 using MiniSeq.Models;
 
 namespace MiniSeq.MLNet;
@@ -15,6 +14,13 @@ internal sealed record FileSeal(long Bytes, string Sha256)
     {
         using var stream = File.OpenRead(path);
         return new FileSeal(stream.Length, Convert.ToHexStringLower(SHA256.HashData(stream)));
+    }
+
+    /// <summary>The length of a file, or of what a link leads to: Hugging Face's cache is made of links.</summary>
+    public static long Length(string path)
+    {
+        using var stream = File.OpenRead(path);
+        return stream.Length;
     }
 }
 
@@ -30,18 +36,43 @@ internal sealed record ModelFiles(string Folder, IReadOnlyDictionary<string, Fil
     /// <summary>The file that tells a folder of this kind.</summary>
     [JsonIgnore]
     public string ConfigName => Files.ContainsKey(LoraExtensions.ConfigName) ? LoraExtensions.ConfigName : "config.json";
+}
 
-    /// <summary>The configuration and the weights of a checkpoint, as they are now.</summary>
-    public static ModelFiles OfCheckpoint(string folder)
+/// <summary>The checkpoint below a model's adapter, which is sealed when the model is saved: that reads all of it.</summary>
+internal sealed class AdaptedCheckpoint
+{
+    private readonly ModelFiles? _sealed;
+    private readonly (string Path, long Bytes, DateTime Written)[] _files = [];
+
+    /// <summary>One that was sealed before.</summary>
+    public AdaptedCheckpoint(ModelFiles files) => (Folder, _sealed) = (files.Folder, files);
+
+    /// <summary>The configuration and the weights in a folder, as they are now.</summary>
+    public AdaptedCheckpoint(string folder)
     {
-        string full = Path.TrimEndingDirectorySeparator(Path.GetFullPath(folder));
-        var files = Directory.GetFiles(full).Where(f => Path.GetFileName(f) == "config.json" || WeightsFolder.WeightFile.IsMatch(Path.GetFileName(f)));
-        return new ModelFiles(full, new SortedDictionary<string, FileSeal>(files.ToDictionary(f => Path.GetFileName(f), FileSeal.Of), StringComparer.Ordinal));
+        Folder = Path.TrimEndingDirectorySeparator(Path.GetFullPath(folder));
+        using var weights = SafetensorsReader.Open(Folder);
+        _files = [.. weights.Paths.Prepend(Path.Combine(Folder, "config.json")).Select(State)];
     }
+
+    public string Folder { get; }
+
+    /// <summary>What the files must be.</summary>
+    /// <exception cref="InvalidOperationException">They are no longer those the adapter was trained on.</exception>
+    public ModelFiles Seal()
+    {
+        if (_sealed is not null) return _sealed;
+        foreach (var file in _files)
+            if (!File.Exists(file.Path) || State(file.Path) != file)
+                throw new InvalidOperationException($"'{file.Path}' has changed since the model was loaded: the adapter does not belong to what is there now. Save the adapter alone (SaveAdapter) or the merged weights (SavePretrained).");
+        return new ModelFiles(Folder, new SortedDictionary<string, FileSeal>(_files.ToDictionary(f => Path.GetFileName(f.Path), f => FileSeal.Of(f.Path)), StringComparer.Ordinal));
+    }
+
+    private static (string, long, DateTime) State(string path) => (path, FileSeal.Length(path), File.GetLastWriteTimeUtc(path));
 }
 
 /// <summary>The Hugging Face folder beside a saved pipeline: written, found again and checked. Files pass through in a stream.</summary>
-internal static partial class WeightsFolder
+internal static class WeightsFolder
 {
     public const string PathVariable = "MINISEQ_MODEL_PATH";
 
@@ -49,6 +80,7 @@ internal static partial class WeightsFolder
     /// <param name="write">Fills the folder it is given.</param>
     /// <param name="parent">Where a folder goes that is named by its content.</param>
     /// <param name="wanted">Another place; null names it by its content.</param>
+    /// <exception cref="InvalidOperationException">An adapter is to be written over a checkpoint, or a checkpoint over an adapter.</exception>
     public static (string Folder, SortedDictionary<string, FileSeal> Files) Write(Action<string> write, string parent, string? wanted)
     {
         Directory.CreateDirectory(parent);
@@ -58,6 +90,7 @@ internal static partial class WeightsFolder
             write(temporary);
             var files = new SortedDictionary<string, FileSeal>(Directory.GetFiles(temporary).ToDictionary(f => Path.GetFileName(f), FileSeal.Of), StringComparer.Ordinal);
             string folder = wanted ?? Path.Combine(parent, $"miniseq-model-{Digest(files)[..12]}");
+            CheckKind(folder, files);
             if (Directory.Exists(folder)) MoveFiles(temporary, folder, files);
             else Directory.Move(temporary, folder);
             return (folder, files);
@@ -109,9 +142,9 @@ internal static partial class WeightsFolder
         // All lengths first: a missing or truncated file is then known without reading gigabytes.
         foreach (var (name, seal) in model.Files)
         {
-            var file = new FileInfo(Path.Combine(folder, name));
-            if (!file.Exists) return new FileNotFoundException($"'{file.FullName}' is missing: it belongs to this MiniSeq model. Copy the whole folder as it was saved, or save the model again.", file.FullName);
-            if (file.Length != seal.Bytes) return Changed(file.FullName, $"it has {file.Length} bytes and had {seal.Bytes}");
+            string path = Path.Combine(folder, name);
+            if (!File.Exists(path)) return new FileNotFoundException($"'{path}' is missing: it belongs to this MiniSeq model. Copy the whole folder as it was saved, or save the model again.", path);
+            if (FileSeal.Length(path) is var bytes && bytes != seal.Bytes) return Changed(path, $"it has {bytes} bytes and had {seal.Bytes}");
         }
         foreach (var (name, seal) in model.Files)
         {
@@ -129,11 +162,17 @@ internal static partial class WeightsFolder
         foreach (string name in files.Keys) File.Move(Path.Combine(from, name), Path.Combine(to, name), overwrite: true);
         // Weights of an earlier save in other shards would be read with, or instead of, the new ones.
         foreach (string path in Directory.GetFiles(to))
-            if (WeightFile.IsMatch(Path.GetFileName(path)) && !files.ContainsKey(Path.GetFileName(path))) File.Delete(path);
+            if (SafetensorsWriter.IsWeightFile(Path.GetFileName(path)) && !files.ContainsKey(Path.GetFileName(path))) File.Delete(path);
     }
 
-    [GeneratedRegex(@"^model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$")]
-    internal static partial Regex WeightFile { get; }
+    // A checkpoint is not overwritten by an adapter, perhaps its own; and weights beside an adapter would be taken for the ones below it.
+    private static void CheckKind(string folder, IReadOnlyDictionary<string, FileSeal> files)
+    {
+        bool adapter = files.ContainsKey(LoraExtensions.ConfigName);
+        string other = adapter ? "config.json" : LoraExtensions.ConfigName;
+        if (File.Exists(Path.Combine(folder, other)))
+            throw new InvalidOperationException($"'{folder}' holds {(adapter ? "a checkpoint" : "an adapter")}, and {(adapter ? "an adapter" : "a checkpoint")} is to be saved there: choose another folder.");
+    }
 
     // As of the lines that sha256sum prints.
     private static string Digest(IEnumerable<KeyValuePair<string, FileSeal>> files) =>

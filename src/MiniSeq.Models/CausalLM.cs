@@ -21,15 +21,18 @@ public readonly record struct TokenScore(double LossSum, long TargetCount, long 
 /// <remarks>
 /// Kept from forward to backward: each layer's input, L · rows · d numbers, and more where <see cref="MemoryPlan"/> finds room. At work in
 /// backward: one layer, of which only attention sees all rows. The MLP and the LM head hold one mini-sequence (arXiv 2407.15892).
+/// For one thread at a time.
 /// </remarks>
 public sealed class CausalLM : nn.Module<Tensor, Tensor>
 {
+    private static readonly (string Name, string[] Parts)[] s_fused = [("qkv_proj.weight", ["q_proj.weight", "k_proj.weight", "v_proj.weight"]), ("gate_up_proj.weight", ["gate_proj.weight", "up_proj.weight"])];
+
     private readonly TokenEmbedding _embedding;
     private readonly DecoderLayer[] _layers;
     private readonly RmsNorm _norm;
     private readonly Projection _head;
     private readonly RotaryEmbedding _rotary;
-    private static readonly (string Name, string[] Parts)[] s_phi3 = [("qkv_proj.weight", ["q_proj.weight", "k_proj.weight", "v_proj.weight"]), ("gate_up_proj.weight", ["gate_proj.weight", "up_proj.weight"])];
+    private readonly double _embeddingScale;
 
     /// <summary>A model with new weights, normal with <see cref="DecoderConfig.InitializerRange"/>, from torch's random state.</summary>
     public CausalLM(DecoderConfig config, ScalarType dtype = ScalarType.Float32, Device? device = null) : this(config, dtype, device, initialize: true)
@@ -38,11 +41,12 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
 
     internal CausalLM(DecoderConfig config, ScalarType dtype, Device? device, bool initialize) : base(nameof(CausalLM))
     {
-        (Config, DType, Device) = (config, dtype, device ?? CPU);
-        _embedding = new TokenEmbedding(config.VocabSize, config.HiddenSize, dtype, device);
+        (Config, DType, Device) = (config.Validated("the configuration"), dtype, device ?? CPU);
+        _embeddingScale = ScaleOf(config, dtype);
+        _embedding = new TokenEmbedding(Uninitialized.Matrix(config.VocabSize, config.HiddenSize, dtype, device));
         _layers = [.. Enumerable.Range(0, config.NumHiddenLayers).Select(l => new DecoderLayer(config, l, dtype, device))];
         _norm = new RmsNorm(config.HiddenSize, config.RmsNormEps, dtype, device, config.RmsNormUnitOffset);
-        _head = config.TieWordEmbeddings ? new Projection(_embedding.Weight) : new Projection(config.HiddenSize, config.VocabSize, false, dtype, device);
+        _head = config.TieWordEmbeddings ? new Projection(_embedding.Weight) : Uninitialized.Projection(config.HiddenSize, config.VocabSize, false, dtype, device);
         _rotary = new RotaryEmbedding(config.HeadDim, config.RopeTheta, dtype, device, config.RopeScaling);
         register_module("model", new ModuleGroup(("embed_tokens", _embedding), ("layers", new ModuleGroup([.. _layers.Select((l, i) => ($"{i}", (nn.Module)l))])), ("norm", _norm)));
         register_module("lm_head", _head); // a tied one has no parameter of its own, but may have an adapter
@@ -75,6 +79,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();
         using var batch = new TokenBatch([.. Enumerable.Range(0, (int)input.size(0)).Select(b => new TokenSequence(input[b].data<long>().ToArray()))], Device);
+        CheckIds(batch.InputIds);
         var logits = Logits(Hidden(batch, new ComputeOptions(), default));
         return logits.view(input.size(0), input.size(1), -1).MoveToOuterDisposeScope();
     }
@@ -116,7 +121,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
                 using var record = records.Pop();
                 gradient = layer.Backward_(record, gradient, rows, batch.Lengths, Wanted(layer));
             }
-            _embedding.Backward(batch.InputIds, Config.ScaleEmbeddings ? gradient.mul_(EmbeddingScale) : gradient);
+            _embedding.Backward(batch.InputIds, Config.ScaleEmbeddings ? gradient.mul_(_embeddingScale) : gradient);
             return new TokenLoss(loss.MoveToOuterDisposeScope(), targets.numel());
         }
         finally
@@ -158,7 +163,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     }
 
     /// <summary>x [.., d] of ids [..]. Recorded where gradients are on.</summary>
-    internal Tensor Embed(Tensor ids) => Config.ScaleEmbeddings ? _embedding.forward(ids) * EmbeddingScale : _embedding.forward(ids);
+    internal Tensor Embed(Tensor ids) => Config.ScaleEmbeddings ? _embedding.forward(ids).mul_(_embeddingScale) : _embedding.forward(ids);
 
     /// <summary>Logits [.., V] of the last layer's output [.., d]. Recorded where gradients are on.</summary>
     internal Tensor Logits(Tensor x)
@@ -168,15 +173,12 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     }
 
     // √d, rounded as the embeddings are.
-    private double EmbeddingScale
+    private static double ScaleOf(DecoderConfig config, ScalarType dtype)
     {
-        get
-        {
-            using var exact = tensor(Math.Sqrt(Config.HiddenSize));
-            using var rounded = exact.to(DType);
-            using var wide = rounded.to(ScalarType.Float64);
-            return wide.item<double>();
-        }
+        using var exact = tensor(Math.Sqrt(config.HiddenSize));
+        using var rounded = exact.to(dtype);
+        using var wide = rounded.to(ScalarType.Float64);
+        return wide.item<double>();
     }
 
     // norm → LM head → loss and all the way back to the last layer's output, on its rows that have a target, a mini-sequence at a time.
@@ -245,7 +247,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         {
             int split = name.LastIndexOf('.', name.LastIndexOf('.') - 1) + 1; // model.layers.0.self_attn. | q_proj.weight
             var (group, module) = (name[..split], name[split..]);
-            var fused = Config.ModelType == "phi3" ? s_phi3.FirstOrDefault(f => f.Parts.Contains(module)) : default;
+            var fused = Config.FusedProjections ? s_fused.FirstOrDefault(f => f.Parts.Contains(module)) : default;
             if (fused.Parts is null) yield return (name, [parameter]);
             else if (module == fused.Parts[0]) yield return (group + fused.Name, [.. fused.Parts.Select(part => all[group + part])]);
         }

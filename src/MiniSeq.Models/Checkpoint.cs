@@ -57,16 +57,18 @@ public static class Checkpoint
     /// <param name="folder">Made where it does not exist.</param>
     /// <param name="maxShardBytes">Weights above it are split into several files.</param>
     /// <param name="mergeAdapter">Whether the weights are written with the adapter merged into them, one at a time; the model keeps its adapter.</param>
-    /// <exception cref="InvalidOperationException">The model carries an adapter, and it is not to be merged or cannot be.</exception>
+    /// <exception cref="InvalidOperationException">The model carries an adapter, and it is not to be merged or cannot be; or the folder holds an adapter,
+    /// which other programs would add to the weights.</exception>
     /// <exception cref="NotSupportedException">Models of this family do not have one of the configuration's settings.</exception>
     public static void SavePretrained(this CausalLM model, string folder, long maxShardBytes = 5_000_000_000, bool mergeAdapter = false)
     {
         if (model.Adapter is not null && !mergeAdapter) throw new InvalidOperationException("The model carries a LoRA adapter. Save that alone (SaveAdapter), or merge it into the weights (MergeAdapter, or mergeAdapter: true).");
-        string config = model.Config.ToJson(model.DType);
+        string config = model.Config.ToJson(model.parameters().First().dtype); // its own, where it was converted since
+        if (LoraExtensions.IsAdapter(folder)) throw new InvalidOperationException($"'{folder}' holds a LoRA adapter, which other programs would add to the weights written there. Choose another folder.");
         var merged = model.Adapter is null ? [] : LoraExtensions.MergedWeights(model);
         Directory.CreateDirectory(folder);
         SafetensorsWriter.SavePretrained(folder, model.CheckpointTensors().Select(t =>
-            new TensorSource(t.Name, ShapeOf(t.Parts), model.DType, merged.TryGetValue(t.Name, out var merge) ? merge : () => t.Parts.Count == 1 ? t.Parts[0] : cat([.. t.Parts]))), maxShardBytes);
+            new TensorSource(t.Name, ShapeOf(t.Parts), t.Parts[0].dtype, merged.TryGetValue(t.Name, out var merge) ? merge : () => t.Parts.Count == 1 ? t.Parts[0] : cat([.. t.Parts]))), maxShardBytes);
         using var files = new PendingFiles();
         files.Add(Path.Combine(folder, "config.json")).Write(Encoding.UTF8.GetBytes(config));
         files.Commit();
@@ -99,6 +101,8 @@ public static class Checkpoint
         foreach (var (name, shape) in expected)
         {
             if (!file.Contains(name)) throw Lacking(folder, name);
+            if (file.DType(name) is not (ScalarType.Float16 or ScalarType.BFloat16 or ScalarType.Float32 or ScalarType.Float64))
+                throw new NotSupportedException($"'{folder}': tensor '{name}' is stored as {file.DType(name)}: quantized weights are not supported; use the unquantized checkpoint.");
             if (!file.Shape(name).AsSpan().SequenceEqual(shape))
                 throw new InvalidDataException($"'{folder}': tensor '{name}' is [{string.Join(", ", file.Shape(name))}] in the weights, and config.json makes it [{string.Join(", ", shape)}].");
         }

@@ -19,7 +19,23 @@ internal static class ConfigJson
     /// <param name="Architecture">Entry of <c>architectures</c>.</param>
     /// <param name="Read">Adds the family's own settings to those that all have.</param>
     /// <param name="Write">Writes them.</param>
-    private sealed record Family(string Architecture, Func<Fields, DecoderConfig, DecoderConfig> Read, Action<DecoderConfig, JsonObject> Write);
+    private sealed record Family(string Architecture, Func<Fields, DecoderConfig, DecoderConfig> Read, Action<DecoderConfig, JsonObject> Write)
+    {
+        /// <summary>The file's silence means: as many as heads (null), hidden size / heads (null), and so on.</summary>
+        public int? KeyValueHeads { get; init; }
+
+        public int? HeadDim { get; init; }
+
+        public int MaxPositions { get; init; } = 2048;
+
+        public double NormEps { get; init; } = 1e-6;
+
+        public bool Tied { get; init; }
+
+        public string ActivationField { get; init; } = "hidden_act";
+
+        public string Activation { get; init; } = "silu";
+    }
 
     private static readonly Dictionary<string, Family> s_families = new()
     {
@@ -28,24 +44,36 @@ internal static class ConfigJson
             (c, json) => (json["attention_bias"], json["mlp_bias"]) = (c.QkvBias, c.MlpBias)),
         ["mistral"] = new("MistralForCausalLM",
             (f, c) => WithWindow(f, c, f.Has("sliding_window") ? f.Int("sliding_window") : 4096, _ => true),
-            (c, json) => json["sliding_window"] = c.SlidingWindow),
+            (c, json) => json["sliding_window"] = c.SlidingWindow)
+        {
+            KeyValueHeads = 8,
+            MaxPositions = 131072,
+        },
         ["qwen2"] = new("Qwen2ForCausalLM",
             (f, c) => WithQwenWindow(f, c with { QkvBias = true }),
-            WriteQwenWindow),
+            WriteQwenWindow)
+        {
+            KeyValueHeads = 32,
+            MaxPositions = 32768,
+        },
         ["qwen3"] = new("Qwen3ForCausalLM",
             (f, c) => WithQwenWindow(f, WithBias(f, c) with { QkNorm = true }),
             (c, json) =>
             {
                 json["attention_bias"] = c.QkvBias;
                 WriteQwenWindow(c, json);
-            }),
+            })
+        {
+            KeyValueHeads = 32,
+            HeadDim = 128,
+            MaxPositions = 32768,
+        },
         ["gemma2"] = new("Gemma2ForCausalLM",
             (f, c) => WithWindow(f, WithBias(f, c), f.Has("sliding_window") ? f.Int("sliding_window") : 4096, layer => layer % 2 == 0) with
             {
                 RmsNormUnitOffset = true,
                 PostNorms = true,
                 ScaleEmbeddings = true,
-                HiddenAct = Activation(f, "hidden_activation", "gelu_pytorch_tanh"),
                 QueryPreAttnScalar = f.Double("query_pre_attn_scalar") ?? 256,
                 AttnLogitSoftcapping = f.Has("attn_logit_softcapping") ? f.Double("attn_logit_softcapping") : 50,
                 FinalLogitSoftcapping = f.Has("final_logit_softcapping") ? f.Double("final_logit_softcapping") : 30,
@@ -59,22 +87,27 @@ internal static class ConfigJson
                 json["final_logit_softcapping"] = c.FinalLogitSoftcapping;
                 json["cache_implementation"] = "hybrid";
                 WriteWindow(c, json);
-            }),
+            })
+        {
+            KeyValueHeads = 4,
+            HeadDim = 256,
+            MaxPositions = 8192,
+            Tied = true,
+            ActivationField = "hidden_activation", // hidden_act is there, too, and not read by transformers
+            Activation = "gelu_pytorch_tanh",
+        },
         ["phi3"] = new("Phi3ForCausalLM",
             (f, c) => WithWindow(f, c, f.Int("sliding_window"), _ => true),
             (c, json) =>
             {
                 json["sliding_window"] = c.SlidingWindow;
                 json["pad_token_id"] = c.PadTokenId; // transformers' own default is outside of small vocabularies
-            }),
+            })
+        {
+            MaxPositions = 4096,
+            NormEps = 1e-5,
+        },
     };
-
-    // What transformers takes where the file says nothing, and the families differ.
-    private static int DefaultKeyValueHeads(string type, int heads) => type switch { "mistral" => 8, "qwen2" or "qwen3" => 32, "gemma2" => 4, _ => heads };
-
-    private static int DefaultHeadDim(string type, int hidden, int heads) => type switch { "qwen3" => 128, "gemma2" => 256, _ => heads > 0 ? hidden / heads : 0 };
-
-    private static int DefaultMaxPositions(string type) => type switch { "mistral" => 131072, "qwen2" or "qwen3" => 32768, "gemma2" => 8192, "phi3" => 4096, _ => 2048 };
 
     public static DecoderConfig Read(string path)
     {
@@ -140,14 +173,14 @@ internal static class ConfigJson
             IntermediateSize = f.Required("intermediate_size"),
             NumHiddenLayers = f.Required("num_hidden_layers"),
             NumAttentionHeads = heads,
-            NumKeyValueHeads = f.Int("num_key_value_heads") ?? DefaultKeyValueHeads(type, heads),
-            HeadDim = f.Int("head_dim") ?? DefaultHeadDim(type, hidden, heads),
-            RmsNormEps = f.Double("rms_norm_eps") ?? (type == "phi3" ? 1e-5 : 1e-6),
+            NumKeyValueHeads = f.Int("num_key_value_heads") ?? family.KeyValueHeads ?? heads,
+            HeadDim = f.Int("head_dim") ?? family.HeadDim ?? (heads > 0 ? hidden / heads : 0),
+            RmsNormEps = f.Double("rms_norm_eps") ?? family.NormEps,
             RopeTheta = f.Object("rope_parameters")?.Double("rope_theta") ?? f.Double("rope_theta") ?? 10000,
             RopeScaling = ReadRopeScaling(f),
-            TieWordEmbeddings = f.Bool("tie_word_embeddings") ?? type == "gemma2",
-            HiddenAct = Activation(f, "hidden_act", "silu"),
-            MaxPositionEmbeddings = f.Int("max_position_embeddings") ?? DefaultMaxPositions(type),
+            TieWordEmbeddings = f.Bool("tie_word_embeddings") ?? family.Tied,
+            HiddenAct = Activation(f, family.ActivationField, family.Activation),
+            MaxPositionEmbeddings = f.Int("max_position_embeddings") ?? family.MaxPositions,
             InitializerRange = f.Double("initializer_range") ?? 0.02,
             BosTokenId = f.Int("bos_token_id"),
             EosTokenIds = f.Ints("eos_token_id"),
@@ -161,7 +194,7 @@ internal static class ConfigJson
         if (f.Object("quantization_config") is not null) throw f.Refused("quantized weights (quantization_config)", "use the unquantized checkpoint");
         foreach (string dropout in new[] { "attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout" })
             if (f.Double(dropout) is { } p and not 0) throw f.Refused($"{dropout} {p}", "0 is: set it in config.json to train without this dropout");
-        if (f.Double("partial_rotary_factor") is { } part and not 1) throw f.Refused($"partial_rotary_factor {part}", "1 is");
+        if ((f.Object("rope_parameters")?.Double("partial_rotary_factor") ?? f.Double("partial_rotary_factor")) is { } part and not 1) throw f.Refused($"partial_rotary_factor {part}", "1 is");
         if (f.Bool("is_encoder_decoder") is true) throw f.Refused("is_encoder_decoder true", "decoders are");
     }
 
@@ -208,7 +241,7 @@ internal static class ConfigJson
     {
         if ((f.Object("rope_parameters") ?? f.Object("rope_scaling")) is not { } s) return null;
         double Factor() => s.Double("factor") is { } factor and >= 1 ? factor : throw new InvalidDataException($"{f.Source}: rope_scaling needs a factor of at least 1.");
-        switch (s.Text("rope_type") ?? s.Text("type") ?? "default")
+        switch (s.Text("rope_type") ?? s.Text("type") ?? (s.Has("factor") ? throw new InvalidDataException($"{f.Source}: rope_scaling has a factor and no rope_type.") : "default"))
         {
             case "default":
                 return null;
@@ -221,7 +254,8 @@ internal static class ConfigJson
             case "yarn":
                 if (s.Bool("truncate") is false) throw f.Refused("rope_scaling with truncate false", "true is");
                 int original = s.Int("original_max_position_embeddings") ?? f.Int("original_max_position_embeddings") ?? f.Required("max_position_embeddings");
-                return new YarnRopeScaling(Factor(), original, s.Double("beta_fast") ?? 32, s.Double("beta_slow") ?? 1, s.Double("attention_factor") ?? Temperature(s, Factor()));
+                double factor = s.Has("factor") && s.Double("factor") is null ? (double)f.Required("max_position_embeddings") / original : Factor();
+                return new YarnRopeScaling(factor, original, s.Double("beta_fast") ?? 32, s.Double("beta_slow") ?? 1, s.Double("attention_factor") ?? Temperature(s, factor));
             case var other:
                 throw f.Refused($"rope_scaling of type '{other}'", "linear, llama3 and yarn are");
         }
@@ -289,13 +323,26 @@ internal static class ConfigJson
         /// <summary>Whether the field is there, if only as null, which some have for "none" where absent is a default.</summary>
         public bool Has(string name) => json.ContainsKey(name);
 
-        public int? Int(string name) => Double(name) is { } value ? checked((int)value) is var whole && whole == value ? whole : throw new FormatException($"{name} is {value}, which is not a whole number") : null;
+        public int? Int(string name) => Double(name) is { } value ? value is >= int.MinValue and <= int.MaxValue && (int)value is var whole && whole == value ? whole : throw new FormatException($"{name} is {value}, which is not a whole number of 32 bits") : null;
 
-        public double? Double(string name) => (double?)json[name];
+        public double? Double(string name) => Value(name, node => (double)node);
 
-        public bool? Bool(string name) => (bool?)json[name];
+        public bool? Bool(string name) => Value(name, node => (bool)node);
 
         public string? Text(string name) => (string?)json[name];
+
+        private T? Value<T>(string name, Func<JsonNode, T> read) where T : struct
+        {
+            if (json[name] is not { } node) return null;
+            try
+            {
+                return read(node);
+            }
+            catch (Exception e) when (e is FormatException or InvalidOperationException or OverflowException)
+            {
+                throw new FormatException($"{name} is {node.ToJsonString()}, which is no {typeof(T).Name.ToLowerInvariant()}", e);
+            }
+        }
 
         public Fields? Object(string name) => json[name] switch
         {

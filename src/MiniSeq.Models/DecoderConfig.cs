@@ -21,7 +21,7 @@ public sealed record DecoderConfig
 {
     private const int MostLayers = 10_000; // a damaged file must not make a list of two billion
 
-    /// <summary>Hugging Face <c>model_type</c>: under which name the configuration is written, nothing else.</summary>
+    /// <summary>Hugging Face <c>model_type</c>: how configuration and weights are written. What is computed, the other settings say.</summary>
     public string ModelType { get; init; } = "llama";
 
     /// <summary>V, rows of the embedding and columns of the logits.</summary>
@@ -108,8 +108,11 @@ public sealed record DecoderConfig
     /// <summary>Tokens that end a text.</summary>
     public IReadOnlyList<int> EosTokenIds { get; init; } = [];
 
-    /// <summary>Token that fills a batch; not used here, where batches have no filling.</summary>
+    /// <summary>Token that fills a batch. Batches have no filling here: where it is in a text it is a token like any other, while Hugging Face's embedding gives it no gradient.</summary>
     public int? PadTokenId { get; init; }
+
+    /// <summary>Whether files have q, k and v in one matrix, and gate and up.</summary>
+    internal bool FusedProjections => ModelType == "phi3";
 
     /// <summary>Factor of Q Kᵀ.</summary>
     public double AttentionScale => 1 / Math.Sqrt(QueryPreAttnScalar ?? HeadDim);

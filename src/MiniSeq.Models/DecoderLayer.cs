@@ -1,4 +1,5 @@
 using MiniSeq.Layers;
+using TorchSharp.Modules;
 using static TorchSharp.torch;
 
 namespace MiniSeq.Models;
@@ -33,11 +34,13 @@ internal sealed class DecoderLayer : nn.Module
         (_config, _window) = (config, config.WindowOf(index));
         long d = config.HiddenSize, queries = (long)config.NumAttentionHeads * config.HeadDim, keys = (long)config.NumKeyValueHeads * config.HeadDim;
         RmsNorm Norm(long width) => new(width, config.RmsNormEps, dtype, device, config.RmsNormUnitOffset);
-        _q = new Projection(d, queries, config.QkvBias, dtype, device);
-        _k = new Projection(d, keys, config.QkvBias, dtype, device);
-        _v = new Projection(d, keys, config.QkvBias, dtype, device);
-        _o = new Projection(queries, d, config.OutputBias, dtype, device);
-        _mlp = new GatedMlp(d, config.IntermediateSize, config.HiddenAct, config.MlpBias, dtype: dtype, device: device);
+        Projection Linear(long input, long output, bool bias) => Uninitialized.Projection(input, output, bias, dtype, device);
+        _q = Linear(d, queries, config.QkvBias);
+        _k = Linear(d, keys, config.QkvBias);
+        _v = Linear(d, keys, config.QkvBias);
+        _o = Linear(queries, d, config.OutputBias);
+        long inner = config.IntermediateSize;
+        _mlp = new GatedMlp(Linear(d, inner, config.MlpBias), Linear(d, inner, config.MlpBias), Linear(inner, d, config.MlpBias), config.HiddenAct);
         (_attentionNorm, _mlpNorm) = (Norm(d), Norm(d));
         if (config.QkNorm) (_qNorm, _kNorm) = (Norm(config.HeadDim), Norm(config.HeadDim));
         if (config.PostNorms) (_postAttentionNorm, _postMlpNorm) = (Norm(d), Norm(d));
@@ -143,10 +146,7 @@ internal sealed class DecoderLayer : nn.Module
         var v = Heads(_v.call(h)).transpose(1, 2);
         var attention = Attention.Plain(q, k, v, _config.AttentionScale, _window, _config.AttnLogitSoftcapping).transpose(1, 2).flatten(2);
         var r = x + Through(_postAttentionNorm, _o.call(attention));
-        var n = _mlpNorm.call(r);
-        var gate = _mlp.GateProj.call(n);
-        var act = _config.HiddenAct == Activation.Silu ? nn.functional.silu(gate) : nn.functional.gelu(gate, TorchSharp.Modules.GELU.Approximate.tanh);
-        return (r + Through(_postMlpNorm, _mlp.DownProj.call(act * _mlp.UpProj.call(n)))).MoveToOuterDisposeScope();
+        return (r + Through(_postMlpNorm, _mlp.Plain(_mlpNorm.call(r)))).MoveToOuterDisposeScope();
     }
 
     private (Tensor Q, Tensor K, Tensor V) QueryKeyValue(Tensor x, RowContext rows, WantedRows? wanted)
@@ -258,4 +258,13 @@ internal sealed class ModuleGroup : nn.Module
     {
         foreach (var (name, module) in children) register_module(name, module);
     }
+}
+
+/// <summary>Matrices without values, which a checkpoint or the model's own initialization gives them: drawing them first would take as long as loading.</summary>
+internal static class Uninitialized
+{
+    public static Projection Projection(long inFeatures, long outFeatures, bool bias, ScalarType dtype, Device? device) =>
+        new(Matrix(outFeatures, inFeatures, dtype, device), bias ? new Parameter(zeros(outFeatures, dtype, device)) : null);
+
+    public static Parameter Matrix(long rows, long columns, ScalarType dtype, Device? device) => new(empty([rows, columns], dtype, device));
 }

@@ -19,7 +19,7 @@ public sealed record LoraConfig
     public int R { get; init; } = 8;
 
     /// <summary>The update is lora_alpha / r · B A.</summary>
-    public double LoraAlpha { get; init; } = 16;
+    public double LoraAlpha { get; init; } = 8;
 
     /// <summary>Probability that an element of a layer's input is dropped on the way to A, in training.</summary>
     public double LoraDropout { get; init; }
@@ -93,7 +93,8 @@ public sealed record LoraConfig
         Check(R > 0, "r", R, "positive");
         Check(double.IsFinite(LoraAlpha), "lora_alpha", LoraAlpha, "finite");
         Check(LoraDropout is >= 0 and < 1, "lora_dropout", LoraDropout, "in [0, 1)");
-        Check(TargetModules.Count > 0 && !TargetModules.Contains(""), "target_modules", $"[{string.Join(", ", TargetModules)}]", "names of modules, at least one");
+        Check(TargetModules is { Count: > 0 } && !TargetModules.Contains(""), "target_modules", $"[{string.Join(", ", TargetModules ?? [])}]", "names of modules, at least one");
+        Check(LayersToTransform is null or { Count: > 0 }, "layers_to_transform", "empty", "null for all layers, or name some");
 
         static void Check(bool holds, string name, object value, string range)
         {

@@ -12,6 +12,10 @@ namespace MiniSeq.Models;
 public static class LoraExtensions
 {
     internal const string ConfigName = "adapter_config.json";
+
+    /// <summary>Whether a folder holds an adapter.</summary>
+    internal static bool IsAdapter(string folder) => File.Exists(Path.Combine(folder, ConfigName));
+
     private const string WeightsName = "adapter_model.safetensors";
     private const string Head = "lm_head";
     private const string KeyPrefix = "base_model.model.";
@@ -23,7 +27,12 @@ public static class LoraExtensions
     /// <exception cref="ArgumentException">A setting is outside its range, or names a module or layer that the model does not have.</exception>
     /// <exception cref="InvalidOperationException">The model carries an adapter already.</exception>
     /// <exception cref="NotSupportedException">Phi-3.</exception>
-    public static void AddAdapter(this CausalLM model, LoraConfig config) => Attach(model, config, Targets(model, config));
+    public static void AddAdapter(this CausalLM model, LoraConfig config)
+    {
+        var targets = Targets(model, config);
+        Attach(model, config, targets);
+        foreach (var target in targets) Initialize(target);
+    }
 
     /// <summary>Adds an adapter that was saved by PEFT or <see cref="SaveAdapter"/>, to be used as it is or trained further.</summary>
     /// <param name="model">The model it was made for, without an adapter; unchanged if an exception is thrown.</param>
@@ -99,14 +108,14 @@ public static class LoraExtensions
     {
         config.Validate();
         if (model.Adapter is not null) throw new InvalidOperationException("The model carries an adapter already. Merge it first (MergeAdapter).");
-        if (model.Config.ModelType == "phi3")
+        if (model.Config.FusedProjections)
             throw new NotSupportedException("LoRA is not supported for model_type 'phi3', whose files have q, k and v in one matrix, and gate and up: an adapter of the parts has no name there. Train the whole model instead.");
         foreach (int layer in config.LayersToTransform ?? [])
             if (layer < 0 || layer >= model.Config.NumHiddenLayers) throw new ArgumentException($"layers_to_transform names layer {layer}; the model has {model.Config.NumHiddenLayers}, from 0 on.");
         var targets = Targets(config, model);
         foreach (string name in config.TargetModules)
             if (!targets.Exists(t => Matches(t.Name, name)))
-                throw new ArgumentException($"target_modules names '{name}', and the model has no linear layer or embedding of that name{(config.LayersToTransform is null ? "" : " in layers_to_transform")}.");
+                throw new ArgumentException($"target_modules names '{name}', and the model has no linear layer or embedding of that name (it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, embed_tokens and lm_head){(config.LayersToTransform is null ? "" : " in layers_to_transform")}.");
         return targets;
     }
 
@@ -131,28 +140,26 @@ public static class LoraExtensions
     private static bool IsTransformed(string name, LoraConfig config) =>
         config.LayersToTransform is not { } layers || layers.Any(l => name.Contains($".layers.{l}.", StringComparison.Ordinal));
 
+    // All matrices first: if there is no memory for one, the model is as it was.
     private static void Attach(CausalLM model, LoraConfig config, List<Target> targets)
     {
+        List<LoraAdapter> adapters = [.. targets.Select((t, i) => new LoraAdapter(New(model, t.A), New(model, t.B), config.Scaling, config.LoraDropout, i))];
         foreach (var parameter in model.parameters()) parameter.requires_grad = false;
-        foreach (var (target, number) in targets.Select((t, i) => (t, i)))
-        {
-            var adapter = new LoraAdapter(New(model, target.A), New(model, target.B), config.Scaling, config.LoraDropout, number);
-            Initialize(adapter, target);
+        foreach (var (target, adapter) in targets.Zip(adapters))
             if (target.Module is TokenEmbedding embedding) embedding.Adapter = adapter;
             else ((Projection)target.Module).Adapter = adapter;
-        }
         model.Adapter = config;
     }
 
     private static Parameter New(CausalLM model, long[] shape) => new(zeros(shape, Gradients.AccumulationType(model.DType), model.Device));
 
     // As PEFT: beside a linear layer A is uniform in ±1/√in (Kaiming with a = √5) and B zero; beside an embedding A is zero and B normal.
-    private static void Initialize(LoraAdapter adapter, Target target)
+    private static void Initialize(Target target)
     {
         using var noGrad = no_grad();
         double bound = 1 / Math.Sqrt(target.A[1]);
-        if (target.Module is TokenEmbedding) adapter.B.normal_();
-        else adapter.A.uniform_(-bound, bound);
+        if (target.Module is TokenEmbedding embedding) embedding.Adapter!.B.normal_();
+        else ((Projection)target.Module).Adapter!.A.uniform_(-bound, bound);
     }
 
     /// <summary>A and B of every adapted module, under their names in PEFT's files.</summary>

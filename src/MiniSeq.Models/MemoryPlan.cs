@@ -16,7 +16,7 @@ public enum RecomputePolicy
     /// <summary>Attention's output and log-sum-exp, too: attention, quadratic in the length, runs forward once and not twice.</summary>
     KeepAttention,
 
-    /// <summary>Every product: nothing is computed twice.</summary>
+    /// <summary>Every product: nothing is computed twice, but for what norms behind a product need (q/k norms, Gemma 2's).</summary>
     None,
 }
 
@@ -95,7 +95,7 @@ public sealed class MemoryPlan
     // Scores of a tile and their gradients, where attention has a window or a cap; the keys' and values' gradients are float32 there.
     private long AttentionScratchBytes => _config.SlidingWindow is null && _config.AttnLogitSoftcapping is null
         ? FlashScratchBytes
-        : (4L * _config.NumAttentionHeads * Math.Min(_rows, 256) * Math.Min(_rows, 512) * sizeof(float)) + (KeysValues / _element * sizeof(float));
+        : (4L * _config.NumAttentionHeads * Math.Min(_rows, Attention.TileQueries) * Math.Min(_rows, Attention.TileKeys) * sizeof(float)) + (KeysValues / _element * sizeof(float));
 
     // Upgrades layers one by one, the last first, while the peak stays within the budget.
     private void Fill(long budget)

@@ -1,6 +1,6 @@
 namespace MiniSeq.Models;
 
-/// <summary>Files under temporary names, which get their own name all together or not at all.</summary>
+/// <summary>Files under temporary names, which get their own names when all are written: each is whole or not there.</summary>
 internal sealed class PendingFiles : IDisposable
 {
     private readonly List<(string Temporary, string Path, FileStream Stream)> _files = [];

@@ -19,6 +19,7 @@ public sealed class SafetensorsReader : IDisposable
     private readonly Dictionary<string, string> _metadata = [];
     private readonly List<SafetensorsFile> _files = [];
     private readonly List<string> _names = [];
+    private string? _index;
     private bool _disposed;
 
     private SafetensorsReader()
@@ -30,6 +31,9 @@ public sealed class SafetensorsReader : IDisposable
 
     /// <summary>The <c>__metadata__</c> entries. Of a sharded checkpoint: those of all shards, the first shard's value winning.</summary>
     public IReadOnlyDictionary<string, string> Metadata => _metadata;
+
+    /// <summary>The files that are read: the shards and their index, or the one file.</summary>
+    internal IEnumerable<string> Paths => [.. _index is null ? Array.Empty<string>() : [_index], .. _files.Select(file => file.Path)];
 
     /// <summary>Opens a checkpoint.</summary>
     /// <param name="path">A <c>.safetensors</c> file, a <c>model.safetensors.index.json</c>, or a folder that holds <c>model.safetensors</c> or
@@ -44,7 +48,7 @@ public sealed class SafetensorsReader : IDisposable
         {
             var file = Locate(path);
             if (file.EndsWith(".json", StringComparison.OrdinalIgnoreCase))
-                reader.AddShards(file);
+                reader.AddShards(reader._index = file);
             else
                 reader.AddFile(file);
             return reader;
@@ -234,6 +238,7 @@ internal sealed unsafe class SafetensorsFile : IDisposable
             return;
         var target = (byte*)TensorBytes.Pointer(tensor);
         Buffer.MemoryCopy(_data + entry.Begin, target, bytes, bytes);
+        Forget(_data + entry.Begin, bytes);
         // Any other value than 0 and 1 in a bool is undefined behaviour in libtorch.
         if (entry.DType == ScalarType.Bool)
             for (long i = 0; i < bytes; i++)
@@ -241,6 +246,21 @@ internal sealed unsafe class SafetensorsFile : IDisposable
         GC.KeepAlive(tensor);
         GC.KeepAlive(this);
     }
+
+    // The pages that were read count as the process's own until they are given back: the whole model a second time. Advice, so no error matters.
+    private static void Forget(byte* start, long bytes)
+    {
+        if (!OperatingSystem.IsLinux()) return;
+        long page = Environment.SystemPageSize;
+        nint first = (nint)(((long)start + page - 1) / page * page);
+        long whole = ((long)start + bytes - first) / page * page;
+        if (whole > 0) madvise(first, (nint)whole, DontNeed);
+    }
+
+    private const int DontNeed = 4;
+
+    [DllImport("libc")]
+    private static extern int madvise(nint address, nint length, int advice);
 
     public InvalidDataException Fault(string tensor, string fault) => new($"{Path}: tensor {Text.Of(tensor)} {fault}.");
 
@@ -257,6 +277,8 @@ internal sealed unsafe class SafetensorsFile : IDisposable
             throw Fault($"has {stream.Length} bytes and no room for the header's length");
         Span<byte> length = stackalloc byte[LengthBytes];
         stream.ReadExactly(length);
+        if (length.SequenceEqual("version "u8))
+            throw Fault("is a pointer of Git LFS and not the file itself: fetch it with 'git lfs pull'");
         var bytes = BitConverter.ToUInt64(length);
         if (bytes > MaxHeaderBytes)
             throw Fault($"the header would have {bytes} bytes; at most {MaxHeaderBytes} are allowed");

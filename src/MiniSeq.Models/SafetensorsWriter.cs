@@ -159,6 +159,8 @@ public static partial class SafetensorsWriter
         using var __ = no_grad();
         // Aliases, and what a source makes here, are disposed with the scope; the caller's tensor never is.
         var source = item.Source.Read().alias().cpu().contiguous();
+        if (source.dtype != item.Source.DType || !source.shape.AsSpan().SequenceEqual(item.Source.Shape))
+            throw new InvalidOperationException($"Tensor '{item.Name}' was to be {item.Source.DType} {Text.Of(item.Source.Shape)} and is {source.dtype} {Text.Of(source.shape)}: it changed while it was saved.");
         var data = item.Bytes == 0 ? null : (byte*)TensorBytes.Pointer(source);
         for (var done = 0L; done < item.Bytes; done += MaxWriteBytes)
             stream.Write(new ReadOnlySpan<byte>(data + done, (int)Math.Min(MaxWriteBytes, item.Bytes - done)));
@@ -183,14 +185,17 @@ public static partial class SafetensorsWriter
         json.WriteEndObject();
     }
 
-    /// <summary>An older model.safetensors or index would be read instead of, or mixed with, what was just written.</summary>
+    /// <summary>Whether a file of this name is one of those that <see cref="SavePretrained(string, IReadOnlyList{ValueTuple{string, Tensor}}, long)"/> writes.</summary>
+    internal static bool IsWeightFile(string name) => name == SafetensorsFile.DefaultName || name == IndexName || ShardPattern.IsMatch(name);
+
+    // An older model.safetensors or index would be read instead of, or mixed with, what was just written.
     private static void RemoveStale(string folder, int count)
     {
         var current = Enumerable.Range(0, count).Select(i => ShardName(i, count)).Append(count > 1 ? IndexName : "").ToHashSet();
         foreach (var file in Directory.GetFiles(folder, "model*"))
         {
             var name = Path.GetFileName(file);
-            if (!current.Contains(name) && (name == SafetensorsFile.DefaultName || name == IndexName || ShardPattern.IsMatch(name)))
+            if (!current.Contains(name) && IsWeightFile(name))
                 File.Delete(file);
         }
     }

@@ -108,8 +108,8 @@ public sealed class DialogueEncoder
         var ids = texts.Select(text => _template.EncodeContent(text).ToArray()).ToArray();
         while (tokens.InputIds.Length > room)
         {
-            int longest = Enumerable.Range(0, ids.Length).MaxBy(i => ids[i].Length);
-            if (ids.Length == 0 || ids[longest].Length == 0)
+            int longest = ids.Length == 0 ? -1 : Enumerable.Range(0, ids.Length).MaxBy(i => ids[i].Length);
+            if (longest < 0 || ids[longest].Length == 0)
                 throw new SequenceTooLongException($"The templates and what is never cut, the assistant's messages, take {tokens.InputIds.Length} tokens and {room} are left of the maximum length of {_maxLength}: raise it.");
             ids[longest] = ids[longest][..Math.Max(0, ids[longest].Length - (tokens.InputIds.Length - room))];
             texts[longest] = WholeCharacters(ids[longest]);

@@ -62,6 +62,8 @@ public static class Trainer
         var report = new Report(totalSteps, stepsPerEpoch, progress);
         var order = new Random(options.Seed);
         int step = 0;
+        bool training = model.training;
+        model.train(); // an adapter's dropout acts
         try
         {
             if (options.EvalOnStart) EvaluateNow();
@@ -80,6 +82,7 @@ public static class Trainer
         }
         finally
         {
+            model.train(training);
             optimizer.ZeroGrad();
         }
 
@@ -140,7 +143,7 @@ public static class Trainer
         }
         double norm = optimizer.ClipGradNorm(options.MaxGradNorm);
         if (!double.IsFinite(loss) || !double.IsFinite(norm))
-            throw new NotFiniteNumberException($"Step {step + 1}: the loss is {loss / Math.Max(1, targets)} and the norm of the gradient {norm}. The weights are those after step {step}; a lower learning rate, more warmup or gradient clipping may help.");
+            throw new NotFiniteNumberException($"Step {step + 1}: the loss is {loss / Math.Max(1, targets)} and the norm of the gradient {norm}. {(step == 0 ? "No step was made yet: the weights that were loaded may be damaged." : $"The weights are those after step {step}; a lower learning rate, more warmup or gradient clipping may help.")}");
         if (targets > 0) optimizer.Step(learningRate);
         return new StepResult(loss, targets, window.Sum(d => (long)d.Length), norm);
     }

@@ -87,6 +87,40 @@ public sealed class AttentionTests
         Assert.Throws<ArgumentException>(() => Attention.WithCache(q.narrow(0, 4, 3), k, v, 0.5));
     }
 
+    [Theory]
+    [InlineData(3L, null)]
+    [InlineData(null, 2.0)]
+    [InlineData(3L, 2.0)]
+    [InlineData(7L, null)]
+    public void WithCacheKeepsWindowAndCap(long? window, double? softcap)
+    {
+        using var scope = NewDisposeScope();
+        var (q, k, v) = (randn(7, 4, 8), randn(7, 2, 8), randn(7, 2, 8));
+        Tensor Heads(Tensor t) => t.unsqueeze(0).transpose(1, 2);
+        var plain = Attention.Plain(Heads(q), Heads(k), Heads(v), 0.5, window, softcap).transpose(1, 2).squeeze(0);
+        Close(Attention.WithCache(q, k, v, 0.5, window, softcap), plain, 1e-6);
+        Close(Attention.WithCache(q.narrow(0, 6, 1), k, v, 0.5, window, softcap), plain.narrow(0, 6, 1), 1e-6);
+    }
+
+    // Large scores, where rounding them to 16 bits would cost several times as much.
+    [Fact]
+    public void TilesInBFloat16AreAsExactAsTheFlashKernel()
+    {
+        using var scope = NewDisposeScope();
+        random.manual_seed(2);
+        var (q, k, v, dy) = (randn(1000, 4, 64) * 4, randn(1000, 2, 64), randn(1000, 2, 64), randn(1000, 4, 64));
+        Tensor[] Run(ScalarType dtype, long? window)
+        {
+            Tensor To(Tensor t) => t.to(ScalarType.BFloat16).to(dtype); // the same numbers in each type
+            var forward = Attention.Forward(To(q), To(k), To(v), [1000], 0.125, window);
+            var (dq, dk, dv) = Attention.Backward(To(dy), To(q), To(k), To(v), forward, [1000], 0.125, window);
+            return [forward.Output, dq, dk, dv];
+        }
+        double Off(Tensor got, Tensor want) => ((got.to(ScalarType.Float64) - want).norm() / want.norm()).item<double>();
+        var (truth, flash, tiled) = (Run(ScalarType.Float64, null), Run(ScalarType.BFloat16, null), Run(ScalarType.BFloat16, 999));
+        for (int i = 0; i < truth.Length; i++) Assert.InRange(Off(tiled[i], truth[i]), 0, 1.6 * Off(flash[i], truth[i]));
+    }
+
     [Fact]
     public void MemoryIsLinearInTheSequence()
     {

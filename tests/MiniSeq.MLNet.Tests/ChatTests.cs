@@ -85,7 +85,8 @@ public sealed class ChatTests
         Assert.StartsWith("Row 1: A dialogue is a JSON list", Said(good, "plain text"));
         Assert.StartsWith("Row 2: Message 0 has the role 'human'", Said(good, good, Json(("human", "x"), ("assistant", "y"))));
         Assert.StartsWith("Row 0: The dialogue has no message of the assistant", Said(Json(("user", "x"))));
-        Assert.StartsWith("No row is left. 1 training rows are skipped", Said(Json(("user", "x"), ("assistant", new string('y', 200)))));
+        Assert.StartsWith("No training row is left: 0 skipped for an empty text, 1 because", Said(Json(("user", "x"), ("assistant", new string('y', 200)))));
+        Assert.StartsWith("No training row is left: 0 skipped for an empty text, 1 because", Said(Json(("assistant", new string('y', 200)))));
 
         using var model = ml.MiniSeq().FineTune(Options(dialogues: true)).Fit(Dialogues(ml, good));
         var rows = Dialogues(ml, good, good, good, good, good, "[]"); // in the second batch

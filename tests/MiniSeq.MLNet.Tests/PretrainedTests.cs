@@ -113,6 +113,42 @@ public sealed class PretrainedTests
     }
 
     [Fact]
+    public void ACheckpointIsNotOverwrittenByAnAdapterNorTheOtherWayRound()
+    {
+        using var folder = new TemporaryFolder();
+        var ml = new MLContext(1);
+        string checkpoint = Checkpoint(folder, ml);
+        var options = Adapting(checkpoint);
+        options.WeightsFolder = checkpoint;
+        using var adapted = ml.MiniSeq().FineTune(options).Fit(Tiny.Rows(ml));
+        Assert.Contains("holds a checkpoint", Assert.Throws<InvalidOperationException>(() => ml.MiniSeq().Save(adapted, null, folder["model.zip"])).Message);
+        Assert.Contains("holds a checkpoint", Assert.Throws<InvalidOperationException>(() => adapted.SaveAdapter(checkpoint)).Message);
+        Assert.True(File.Exists(Path.Combine(checkpoint, "model.safetensors")));
+        adapted.SaveAdapter(folder["adapter"]);
+        Assert.Contains("holds a LoRA adapter", Assert.Throws<InvalidOperationException>(() => adapted.SavePretrained(folder["adapter"])).Message);
+        using var full = ml.MiniSeq().FineTune(Tiny.Options(folder["adapter"])).Fit(Tiny.Rows(ml));
+        Assert.Contains("holds an adapter", Assert.Throws<InvalidOperationException>(() => ml.MiniSeq().Save(full, null, folder["full.zip"])).Message);
+        Assert.Empty(Directory.GetFileSystemEntries(folder.Path, "*.tmp"));
+    }
+
+    // As Hugging Face's cache keeps them.
+    [Fact]
+    public void ACheckpointOfLinksIsFoundAgainAndOneThatChangedMeanwhileIsNotSealed()
+    {
+        using var folder = new TemporaryFolder();
+        var ml = new MLContext(1);
+        string real = Checkpoint(folder, ml);
+        Directory.CreateDirectory(folder["links"]);
+        foreach (string file in Directory.GetFiles(real)) File.CreateSymbolicLink(Path.Combine(folder["links"], Path.GetFileName(file)), file);
+        using var adapted = ml.MiniSeq().FineTune(Adapting(folder["links"])).Fit(Tiny.Rows(ml));
+        ml.MiniSeq().Save(adapted, null, folder["model.zip"]);
+        using (var again = ml.MiniSeq().FromModel(ml.MiniSeq().Load(folder["model.zip"], out _)))
+            Assert.Equal(adapted.Generate("x"), again.Generate("x"));
+        File.AppendAllText(Path.Combine(real, "config.json"), " ");
+        Assert.Contains("has changed since", Assert.Throws<InvalidOperationException>(() => ml.MiniSeq().Save(adapted, null, folder["late.zip"])).Message);
+    }
+
+    [Fact]
     public void PrecisionIsKeptBySavingAndFollowsTheCheckpoint()
     {
         using var folder = new TemporaryFolder();

@@ -26,6 +26,19 @@ public sealed class CheckpointTests
         Directory.CreateDirectory(folder.Path);
     }
 
+    [Fact]
+    public void AModelConvertedInMemoryIsSavedAsItIsNow()
+    {
+        using var scope = NewDisposeScope();
+        using var folder = new TemporaryFolder();
+        using var model = new CausalLM(DecoderTests.Tiny());
+        TorchSharp.ModuleExtensionMethods.to(model, ScalarType.BFloat16);
+        model.SavePretrained(folder.Path);
+        Assert.Equal(ScalarType.BFloat16, Checkpoint.StoredType(folder.Path));
+        using var loaded = Checkpoint.LoadPretrained(folder.Path);
+        foreach (var ((_, a), (_, b)) in loaded.named_parameters().Zip(model.named_parameters())) Close(a, b, 0);
+    }
+
     [Theory]
     [InlineData("\"model_type\": \"falcon_mamba\"", "falcon_mamba")]
     [InlineData("\"rope_scaling\": {\"rope_type\": \"longrope\"}", "longrope")]

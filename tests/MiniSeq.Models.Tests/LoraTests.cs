@@ -47,6 +47,17 @@ public sealed class LoraTests
     }
 
     [Fact]
+    public void LoadingAnAdapterDrawsNothing()
+    {
+        using var scope = NewDisposeScope();
+        random.manual_seed(5);
+        float want = rand(1).item<float>();
+        random.manual_seed(5);
+        using var model = ReferenceModel();
+        Assert.Equal(want, rand(1).item<float>());
+    }
+
+    [Fact]
     public void WhatPeftSavedIsSavedAgainBitForBit()
     {
         using var scope = NewDisposeScope();
@@ -224,7 +235,7 @@ public sealed class LoraTests
     public void AMergeIsRoundedOnce()
     {
         using var scope = NewDisposeScope();
-        using var model = Adapted(new LoraConfig { R = 4, TargetModules = ["down_proj"] }, dtype: ScalarType.BFloat16);
+        using var model = Adapted(new LoraConfig { R = 4, LoraAlpha = 16, TargetModules = ["down_proj"] }, dtype: ScalarType.BFloat16);
         var all = model.named_parameters().ToDictionary(p => p.name, p => p.parameter.to(ScalarType.Float64));
         string name = "model.layers.1.mlp.down_proj";
         var want = (all[$"{name}.weight"] + (4 * all[$"{name}.lora_B.weight"].mm(all[$"{name}.lora_A.weight"]))).to(ScalarType.BFloat16);

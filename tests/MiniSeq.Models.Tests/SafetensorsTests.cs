@@ -37,6 +37,14 @@ public class SafetensorsTests
     }
 
     [Fact]
+    public void APointerOfGitLfsIsCalledThat()
+    {
+        using var folder = new TemporaryFolder();
+        File.WriteAllText(folder["model.safetensors"], "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n");
+        Assert.Contains("git lfs pull", Assert.Throws<InvalidDataException>(() => SafetensorsReader.Open(folder.Path)).Message);
+    }
+
+    [Fact]
     public void TheFileIsWhatTheFormatSays()
     {
         using var folder = new TemporaryFolder();

@@ -99,7 +99,7 @@ internal sealed class WrittenDecoder(CausalLM model)
                 double Dimension(double rotations) => dim * Math.Log(s.OriginalMaxPositionEmbeddings / (rotations * 2 * Math.PI)) / (2 * Math.Log(_config.RopeTheta));
                 double low = Math.Max(Math.Floor(Dimension(s.BetaFast)), 0), high = Math.Min(Math.Ceiling(Dimension(s.BetaSlow)), dim - 1);
                 double ramp = Math.Clamp((i - low) / (high == low ? 0.001 : high - low), 0, 1);
-                return ((f / s.Factor * ramp) + (f * (1 - ramp)), s.GivenAttentionFactor ?? ((0.1 * Math.Log(s.Factor)) + 1));
+                return ((f / s.Factor * ramp) + (f * (1 - ramp)), s.AttentionFactor ?? ((0.1 * Math.Log(s.Factor)) + 1));
             default:
                 return (f, 1);
         }
