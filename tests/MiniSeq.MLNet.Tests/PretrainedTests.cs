@@ -55,6 +55,7 @@ public sealed class PretrainedTests
         Assert.Throws<InvalidOperationException>(() => plain.SaveAdapter(folder["none"]));
         Assert.Throws<FileNotFoundException>(() => ml.MiniSeq().LoadPretrained(folder["nowhere"]));
         Assert.Throws<ArgumentException>(() => ml.MiniSeq().LoadPretrained(folder["base"], promptTemplate: "no place"));
+        Assert.Contains("128 tokens after the prompt", Assert.ThrowsAny<ArgumentException>(() => ml.MiniSeq().LoadPretrained(folder["base"], maxLength: 64)).Message);
     }
 
     [Fact]
