@@ -26,7 +26,12 @@ internal sealed class ReferenceCommand
     private readonly Option<double?> _tolerance = new("--tolerance") { Description = "largest difference that passes; 1e-4, or 0.25 in bfloat16, where not given" };
     private readonly Option<FileInfo?> _output = new("--json") { Description = "write the result to this file, too" };
 
-    private ReferenceCommand() => _dtype.AcceptOnlyFromAmong("float32", "bfloat16", "float64");
+    private ReferenceCommand()
+    {
+        _dtype.AcceptOnlyFromAmong("float32", "bfloat16", "float64");
+        _tolerance.Validators.Add(r => { if (r.GetValueOrDefault<double?>() is not (null or > 0 and < double.PositiveInfinity)) r.AddError("--tolerance must be a positive number."); });
+        _chunk.Validators.Add(r => { if (r.GetValueOrDefault<int[]>()!.Any(c => c < 0)) r.AddError("--chunk must be positive, or 0 for the automatic rule."); });
+    }
 
     /// <summary>The command, ready to be part of a program.</summary>
     public static Command Create()
