@@ -148,11 +148,11 @@ public static class Attention
     {
         if (IsTiled(q, k.size(0), window, softcap)) return new TiledAttention(scale, window, softcap).Forward(q, k, v);
         if (q.device_type != DeviceType.CPU) return (Rows(Aten.ScaledDotProductAttention(Heads(q), Heads(k), Heads(v), causal: q.size(0) > 1, scale)), null);
-        var (before, after) = Split(q, k);
-        var (output, lse) = Aten.FlashAttention(Heads(q), Heads(after(k)), Heads(after(v)), causal: q.size(0) > 1, scale);
-        if (before is null) return (Rows(output), lse);
+        long seenByAll = SeenByAll(q, k);
+        var (output, lse) = Aten.FlashAttention(Heads(q), Heads(From(k, seenByAll)), Heads(From(v, seenByAll)), causal: q.size(0) > 1, scale);
+        if (seenByAll == 0) return (Rows(output), lse);
         // Two softmaxes become one: each part weighs as much as its share of the sum.
-        var (earlier, earlierLse) = Aten.FlashAttention(Heads(q), Heads(before(k)), Heads(before(v)), causal: false, scale);
+        var (earlier, earlierLse) = Aten.FlashAttention(Heads(q), Heads(k.narrow(0, 0, seenByAll)), Heads(v.narrow(0, 0, seenByAll)), causal: false, scale);
         var both = logaddexp(lse, earlierLse);
         Tensor Weighted(Tensor part, Tensor sum) => part * (sum - both).exp_().unsqueeze(-1).to(part.dtype);
         return (Rows(Weighted(output, lse).add_(Weighted(earlier, earlierLse))), both);
@@ -171,20 +171,17 @@ public static class Attention
             var (gq, gk, gv) = Aten.FlashAttentionBackward(Heads(dOutput), Heads(q), Heads(keys), Heads(values), Heads(output), logSumExp, causal, scale);
             return (Rows(gq), Rows(gk), Rows(gv));
         }
-        var (before, after) = Split(q, k);
-        var last = Part(after(k), after(v), causal: q.size(0) > 1);
-        if (before is null) return last;
-        var first = Part(before(k), before(v), causal: false);
+        long seenByAll = SeenByAll(q, k);
+        var last = Part(From(k, seenByAll), From(v, seenByAll), causal: q.size(0) > 1);
+        if (seenByAll == 0) return last;
+        var first = Part(k.narrow(0, 0, seenByAll), v.narrow(0, 0, seenByAll), causal: false);
         return (first.Dq.add_(last.Dq), cat([first.Dk, last.Dk]), cat([first.Dv, last.Dv]));
     }
 
-    // The keys that all queries see, and the queries' own rows, as the kernel's causal mask wants them; one of the former only where there are some.
-    private static (Func<Tensor, Tensor>? Before, Func<Tensor, Tensor> After) Split(Tensor q, Tensor k)
-    {
-        long n = q.size(0), earlier = k.size(0) - n;
-        if (earlier == 0 || n == 1) return (null, t => t); // one row sees everything
-        return (t => t.narrow(0, 0, earlier), t => t.narrow(0, earlier, n));
-    }
+    // How many keys come before the queries' own rows. These go apart: the kernel's causal mask wants as many keys as queries. One row sees all and needs no mask.
+    private static long SeenByAll(Tensor q, Tensor k) => q.size(0) == 1 ? 0 : k.size(0) - q.size(0);
+
+    private static Tensor From(Tensor rows, long start) => rows.narrow(0, start, rows.size(0) - start);
 
     // Elsewhere than on the CPU there is no kernel for some queries of a longer document.
     private static bool IsTiled(Tensor q, long length, long? window, double? softcap) =>

@@ -119,14 +119,14 @@ public sealed class GatedMlp : nn.Module<Tensor, Tensor>
         var (gate, up) = kept ?? (_gate.forward(x, dropout), _up.forward(x, dropout));
         var act = ActivationFunctions.Apply(_activation, gate);
         using (var hidden = act * up)                              // h = act(g) ⊙ u
-            _down.AccumulateGradients(hidden, dy, dropout);               // dW_d += dyᵀ h
-        var dHidden = _down.InputGradient(dy, dropout);       // dh = dy W_d
+            _down.AccumulateGradients(hidden, dy, dropout);        // dW_d += dyᵀ h
+        var dHidden = _down.InputGradient(dy, dropout);            // dh = dy W_d
         var dUp = act.mul_(dHidden);                               // du = dh ⊙ act(g)
         var dGate = ActivationFunctions.Backward(_activation, dHidden.mul_(up), gate); // dg = dh ⊙ u ⊙ act'(g)
-        _gate.AccumulateGradients(x, dGate, dropout);                    // dW_g += dgᵀ x
-        _up.AccumulateGradients(x, dUp, dropout);                     // dW_u += duᵀ x
+        _gate.AccumulateGradients(x, dGate, dropout);              // dW_g += dgᵀ x
+        _up.AccumulateGradients(x, dUp, dropout);                  // dW_u += duᵀ x
         if (!needsInputGrad) return null;
-        var dx = _gate.InputGradient(dGate, dropout);                // dx = dg W_g + du W_u
+        var dx = _gate.InputGradient(dGate, dropout);              // dx = dg W_g + du W_u
         _up.AddInputGradient(dx, dUp, dropout);
         return dx.MoveToOuterDisposeScope();
     }

@@ -3,6 +3,22 @@ using static TorchSharp.torch;
 
 namespace MiniSeq.Layers;
 
+/// <summary>A module whose weight may carry an adapter.</summary>
+public interface IAdaptable
+{
+    /// <summary>[rows, columns].</summary>
+    Parameter Weight { get; }
+
+    /// <summary>What is added to the weight, or null. Setting it puts its parameters among those of the module, or takes them out.</summary>
+    LoraAdapter? Adapter { get; set; }
+
+    /// <summary>Adds the adapter to the weight, rounded to its type once; the adapter is gone.</summary>
+    void MergeAdapter();
+
+    /// <summary>The sum as a new tensor; the weight itself where there is no adapter.</summary>
+    Tensor MergedWeight();
+}
+
 /// <summary>
 /// A low-rank addition to a weight, ΔW = s B A with A [r, in] and B [out, r] (LoRA, Hu et al. 2021, arXiv 2106.09685), as forward/backward
 /// pairs: y += s dropout(x) Aᵀ Bᵀ beside a linear layer, x += s A[:, ids]ᵀ Bᵀ beside an embedding. ΔW itself is formed only to be merged.

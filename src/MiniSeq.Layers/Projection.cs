@@ -12,7 +12,7 @@ namespace MiniSeq.Layers;
 /// Calling it like any module records an ordinary autograd graph, and drops nothing. An adapter's dropout acts where
 /// <see cref="DropoutRows"/> are given: the same ones for every part of a forward and its backward.
 /// </remarks>
-public sealed class Projection : nn.Module<Tensor, Tensor>
+public sealed class Projection : nn.Module<Tensor, Tensor>, IAdaptable
 {
     private readonly Parameter _weight;
     private readonly Parameter? _bias;

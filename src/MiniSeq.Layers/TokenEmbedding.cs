@@ -7,7 +7,7 @@ namespace MiniSeq.Layers;
 /// Token embeddings, x = E[ids], as a forward/backward pair. Parameter name: <c>weight</c> [V, d]; of an adapter
 /// <c>lora_embedding_A.weight</c> [r, V] and <c>lora_embedding_B.weight</c> [d, r].
 /// </summary>
-public sealed class TokenEmbedding : nn.Module<Tensor, Tensor>
+public sealed class TokenEmbedding : nn.Module<Tensor, Tensor>, IAdaptable
 {
     private readonly Parameter _weight;
     private LoraAdapter? _adapter;

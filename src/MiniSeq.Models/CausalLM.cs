@@ -111,7 +111,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
                 cancellationToken.ThrowIfCancellationRequested();
                 var record = new LayerRecord(x, policy);
                 records.Push(record);
-                x = layer.Forward(x, rows, (q, k, v) => Attend(layer, record, q, k, v), record, wanted: Wanted(layer));
+                x = layer.Forward(x, rows, (q, k, v) => Attend(layer, record, q, k, v), record, wanted: OfLast(layer, wanted));
             }
             var (loss, gradient) = HeadForwardBackward(x, wanted?.Places(targets) ?? targets, batch.Targets.index_select(0, targets), scale, plan.LogitRows, dropout);
             x.Dispose();
@@ -119,7 +119,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
             {
                 cancellationToken.ThrowIfCancellationRequested();
                 using var record = records.Pop();
-                gradient = layer.Backward_(record, gradient, rows, batch.Lengths, Wanted(layer));
+                gradient = layer.Backward_(record, gradient, rows, batch.Lengths, OfLast(layer, wanted));
             }
             _embedding.Backward(batch.InputIds, Config.ScaleEmbeddings ? gradient.mul_(_embeddingScale) : gradient);
             return new TokenLoss(loss.MoveToOuterDisposeScope(), targets.numel());
@@ -129,12 +129,9 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
             foreach (var record in records) record.Dispose(); // none but after an exception
         }
 
-        // What the head does not read of the last layer is not computed.
-        WantedRows? Wanted(DecoderLayer layer) => layer == _layers[^1] ? wanted : null;
-
         Tensor Attend(DecoderLayer layer, LayerRecord record, Tensor q, Tensor k, Tensor v)
         {
-            var result = layer.Attend(q, k, v, batch.Lengths, Wanted(layer));
+            var result = layer.Attend(q, k, v, batch.Lengths, OfLast(layer, wanted));
             var output = result.Output.alias();
             record.KeepAttention(result);
             return output;
@@ -207,11 +204,14 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         foreach (var layer in _layers)
         {
             cancellationToken.ThrowIfCancellationRequested();
-            var asked = layer == _layers[^1] ? wanted : null;
+            var asked = OfLast(layer, wanted);
             x = layer.Forward(x, rows, (q, k, v) => layer.Attend(q, k, v, batch.Lengths, asked).Output, inPlace: true, wanted: asked);
         }
         return x.MoveToOuterDisposeScope();
     }
+
+    // What the head does not read of the last layer is not computed; all rows of the others are read.
+    private WantedRows? OfLast(DecoderLayer layer, WantedRows? wanted) => layer == _layers[^1] ? wanted : null;
 
     private Tensor Targets(TokenBatch batch)
     {

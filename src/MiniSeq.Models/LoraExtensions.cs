@@ -77,16 +77,14 @@ public static class LoraExtensions
     /// <exception cref="InvalidOperationException">The model carries no adapter, or one on the embedding or the head where they are one matrix.</exception>
     public static void MergeAdapter(this CausalLM model)
     {
-        foreach (var target in Mergeable(model))
-            if (target.Module is TokenEmbedding embedding) embedding.MergeAdapter();
-            else ((Projection)target.Module).MergeAdapter();
+        foreach (var target in Mergeable(model)) target.Module.MergeAdapter();
         model.Adapter = null;
         foreach (var parameter in model.parameters()) parameter.requires_grad = true;
     }
 
     /// <summary>How to make each adapted weight as it would be merged, by the weight's name; the model is not changed.</summary>
     internal static Dictionary<string, Func<Tensor>> MergedWeights(CausalLM model) =>
-        Mergeable(model).ToDictionary(t => t.Name + ".weight", t => (Func<Tensor>)(t.Module is TokenEmbedding e ? e.MergedWeight : ((Projection)t.Module).MergedWeight));
+        Mergeable(model).ToDictionary(t => t.Name + ".weight", t => (Func<Tensor>)t.Module.MergedWeight);
 
     private static List<Target> Mergeable(CausalLM model)
     {
@@ -97,7 +95,7 @@ public static class LoraExtensions
     }
 
     /// <summary>A module to adapt and the shapes of its A and B.</summary>
-    private sealed record Target(string Name, nn.Module Module, string Prefix, long[] A, long[] B)
+    private sealed record Target(string Name, IAdaptable Module, string Prefix, long[] A, long[] B)
     {
         public string Key(string matrix) => LoraExtensions.Key($"{Name}.{Prefix}{matrix}.weight");
     }
@@ -130,8 +128,8 @@ public static class LoraExtensions
 
     private static Target? TargetOf(string name, nn.Module module, long r) => module switch
     {
-        Projection { Weight: var w } => new Target(name, module, "lora_", [r, w.size(1)], [w.size(0), r]),
-        TokenEmbedding { Weight: var e } => new Target(name, module, "lora_embedding_", [r, e.size(0)], [e.size(1), r]),
+        Projection { Weight: var w } linear => new Target(name, linear, "lora_", [r, w.size(1)], [w.size(0), r]),
+        TokenEmbedding { Weight: var e } embedding => new Target(name, embedding, "lora_embedding_", [r, e.size(0)], [e.size(1), r]),
         _ => null,
     };
 
@@ -145,9 +143,7 @@ public static class LoraExtensions
     {
         List<LoraAdapter> adapters = [.. targets.Select((t, i) => new LoraAdapter(New(model, t.A), New(model, t.B), config.Scaling, config.LoraDropout, i))];
         foreach (var parameter in model.parameters()) parameter.requires_grad = false;
-        foreach (var (target, adapter) in targets.Zip(adapters))
-            if (target.Module is TokenEmbedding embedding) embedding.Adapter = adapter;
-            else ((Projection)target.Module).Adapter = adapter;
+        foreach (var (target, adapter) in targets.Zip(adapters)) target.Module.Adapter = adapter;
         model.Adapter = config;
     }
 
@@ -158,8 +154,8 @@ public static class LoraExtensions
     {
         using var noGrad = no_grad();
         double bound = 1 / Math.Sqrt(target.A[1]);
-        if (target.Module is TokenEmbedding embedding) embedding.Adapter!.B.normal_();
-        else ((Projection)target.Module).Adapter!.A.uniform_(-bound, bound);
+        if (target.Module is TokenEmbedding) target.Module.Adapter!.B.normal_();
+        else target.Module.Adapter!.A.uniform_(-bound, bound);
     }
 
     /// <summary>A and B of every adapted module, under their names in PEFT's files.</summary>
