@@ -1,3 +1,4 @@
+using MiniSeq.Layers.Kernels;
 using TorchSharp;
 using static TorchSharp.torch;
 
@@ -146,6 +147,7 @@ public static class Attention
     // The newest rows q [n, Hq, D] of a document against all of k and v: output [n, Hq, D].
     private static (Tensor Output, Tensor? LogSumExp) One(Tensor q, Tensor k, Tensor v, double scale, long? window, double? softcap)
     {
+        if (FlashKernel.Takes(q)) return new FlashKernel(q, k, scale, window, softcap).Forward(q, k, v);
         if (IsTiled(q, k.size(0), window, softcap)) return new TiledAttention(scale, window, softcap).Forward(q, k, v);
         if (q.device_type != DeviceType.CPU) return (Rows(Aten.ScaledDotProductAttention(Heads(q), Heads(k), Heads(v), causal: q.size(0) > 1, scale)), null);
         long seenByAll = SeenByAll(q, k);
@@ -160,6 +162,7 @@ public static class Attention
 
     private static (Tensor, Tensor, Tensor) OneBackward(Tensor dOutput, Tensor q, Tensor k, Tensor v, Tensor output, Tensor? logSumExp, double scale, long? window, double? softcap)
     {
+        if (FlashKernel.Takes(q)) return new FlashKernel(q, k, scale, window, softcap).Backward(dOutput, q, k, v, output, logSumExp!);
         if (IsTiled(q, k.size(0), window, softcap)) return new TiledAttention(scale, window, softcap).Backward(dOutput, q, k, v, output, logSumExp!);
         if (logSumExp is null)
         {

@@ -1,3 +1,4 @@
+using MiniSeq.Layers.Kernels;
 using static TorchSharp.torch;
 
 namespace MiniSeq.Layers;
@@ -55,6 +56,11 @@ public static class Gradients
     /// <param name="b">[rows, n].</param>
     public static void AddProduct(Tensor accumulator, Tensor a, Tensor b)
     {
+        if (MatrixKernel.Takes(a) && accumulator.dtype == ScalarType.Float32 && accumulator.is_contiguous())
+        {
+            WeightGradient.Add(accumulator, a, b);
+            return;
+        }
         using var at = a.t();
         if (accumulator.dtype == a.dtype)
         {

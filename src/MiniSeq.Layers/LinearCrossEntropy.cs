@@ -1,3 +1,4 @@
+using MiniSeq.Layers.Kernels;
 using TorchSharp;
 using static TorchSharp.torch;
 
@@ -64,12 +65,27 @@ public static class LinearCrossEntropy
     /// accumulated, that of the rows is returned. Shapes: hidden [rows, d], labels [rows], none of them ignored.
     /// With <paramref name="dropout"/>, an adapter of the head drops.
     /// </summary>
+    /// <param name="hidden">[rows, d].</param>
+    /// <param name="head">The head.</param>
+    /// <param name="labels">[rows] int64.</param>
+    /// <param name="scale">Factor of the loss whose gradients are wanted; null wants none.</param>
+    /// <param name="needsHiddenGradient">Whether dX is wanted.</param>
+    /// <param name="softcap">As in <see cref="Loss"/>.</param>
+    /// <param name="dropout">The rows' numbers; null drops nothing.</param>
+    /// <param name="gradientFilter">ε of Cut Cross-Entropy (arXiv 2411.09009): a token of the vocabulary whose softmax is below it in every row of the chunk, and that
+    /// is no label there, is left out of both gradient products. An approximation: each number that is left out is below ε · scale. Null leaves out nothing.
+    /// No effect on a head with an adapter or a bias.</param>
     public static (Tensor LossSum, Tensor? HiddenGradient) Chunk(Tensor hidden, Projection head, Tensor labels, double? scale, bool needsHiddenGradient = true,
-        double? softcap = null, DropoutRows? dropout = null)
+        double? softcap = null, DropoutRows? dropout = null, double? gradientFilter = null)
     {
         using var scope = NewDisposeScope();
         var (loss, dLogits) = LossAndLogitGradient(hidden, head, labels, softcap, scale, dropout);
         if (dLogits is null) return (loss.MoveToOuterDisposeScope(), null);
+        if (gradientFilter is { } threshold && head.Adapter is null && head.Bias is null && ColumnsAbove(dLogits, threshold * scale!.Value) is { } columns)
+        {
+            var dx = FilteredGradients(hidden, head, dLogits, columns, needsHiddenGradient);
+            return (loss.MoveToOuterDisposeScope(), dx?.MoveToOuterDisposeScope());
+        }
         head.AccumulateGradients(hidden, dLogits, dropout);
         var dHidden = needsHiddenGradient ? head.InputGradient(dLogits, dropout).MoveToOuterDisposeScope() : null;
         return (loss.MoveToOuterDisposeScope(), dHidden);
@@ -120,6 +136,7 @@ public static class LinearCrossEntropy
 
     private static Tensor SoftmaxBlocks_(Tensor logits, Tensor labels, double? softcap, double? scale)
     {
+        if (softcap is null && MatrixKernel.Takes(logits)) return tensor(SoftmaxKernel.CrossEntropy_(logits, labels, scale), ScalarType.Float64);
         var loss = zeros([], ScalarType.Float64, logits.device);
         long block = Math.Max(1, SoftmaxBytes / (logits.size(1) * Gradients.AccumulationType(logits.dtype).ElementSize()));
         Chunking.ForEach(logits.size(0), block, (start, count) => loss.add_(Softmax_(logits.narrow(0, start, count), labels.narrow(0, start, count), softcap, scale)));
@@ -143,6 +160,40 @@ public static class LinearCrossEntropy
         if (tanh is not null) z.mul_(tanh.mul_(tanh).neg_().add_(1));
         if (z.dtype != logits.dtype) logits.copy_(z);
         return loss;
+    }
+
+    // Columns in which some row's gradient reaches the threshold, [n] int64; null where leaving the others out would save little.
+    private static Tensor? ColumnsAbove(Tensor dLogits, double threshold)
+    {
+        using var scope = NewDisposeScope();
+        var largest = zeros(dLogits.size(1), dLogits.dtype, dLogits.device);
+        long block = Math.Max(1, SoftmaxBytes / (dLogits.size(1) * dLogits.element_size()));
+        Chunking.ForEach(dLogits.size(0), block, (start, count) => maximum_out(largest, dLogits.narrow(0, start, count)));
+        var columns = largest.ge(threshold).nonzero().reshape(-1);
+        return columns.numel() > dLogits.size(1) / 2 ? null : columns.MoveToOuterDisposeScope();
+
+        static void maximum_out(Tensor largest, Tensor part)
+        {
+            var most = part.abs().amax([0]);
+            largest.copy_(maximum(largest, most));
+        }
+    }
+
+    // Both gradient products over some columns of the logits only (Wijmans et al. 2024, Cut Cross-Entropy, arXiv 2411.09009, section 4.3).
+    private static Tensor? FilteredGradients(Tensor hidden, Projection head, Tensor dLogits, Tensor columns, bool needsHiddenGradient)
+    {
+        using var scope = NewDisposeScope();
+        var some = dLogits.index_select(1, columns);
+        if (head.Weight.requires_grad)
+        {
+            using var noGrad = no_grad();
+            var dtype = Gradients.AccumulationType(head.Weight.dtype);
+            var part = zeros([columns.numel(), hidden.size(1)], dtype, hidden.device);
+            Gradients.AddProduct(part, some, hidden);
+            if (head.Weight.grad is null) head.Weight.grad = zeros(head.Weight.shape, dtype, hidden.device);
+            head.Weight.grad!.index_add_(0, columns, part, 1);
+        }
+        return needsHiddenGradient ? some.mm(head.Weight.index_select(0, columns)).MoveToOuterDisposeScope() : null;
     }
 
     private static Tensor SumChunks(Tensor hidden, Projection head, Tensor labels, Tensor rows, int chunkSize, double? softcap, GradientSink? sink)

@@ -113,7 +113,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
                 records.Push(record);
                 x = layer.Forward(x, rows, (q, k, v) => Attend(layer, record, q, k, v), record, wanted: OfLast(layer, wanted));
             }
-            var (loss, gradient) = HeadForwardBackward(x, wanted?.Places(targets) ?? targets, batch.Targets.index_select(0, targets), scale, plan.LogitRows, dropout);
+            var (loss, gradient) = HeadForwardBackward(x, wanted?.Places(targets) ?? targets, batch.Targets.index_select(0, targets), scale, plan.LogitRows, options.GradientFilter, dropout);
             x.Dispose();
             foreach (var layer in _layers.Reverse())
             {
@@ -179,7 +179,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     }
 
     // norm → LM head → loss and all the way back to the last layer's output, on its rows that have a target, a mini-sequence at a time.
-    private (Tensor Loss, Tensor Gradient) HeadForwardBackward(Tensor x, Tensor targets, Tensor labels, double scale, long logitRows, DropoutRows? dropout)
+    private (Tensor Loss, Tensor Gradient) HeadForwardBackward(Tensor x, Tensor targets, Tensor labels, double scale, long logitRows, double? gradientFilter, DropoutRows? dropout)
     {
         using var scope = NewDisposeScope();
         var loss = zeros([], ScalarType.Float64, Device);
@@ -188,7 +188,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         {
             var at = targets.narrow(0, start, count);
             var h = x.index_select(0, at);
-            var (chunkLoss, dn) = LinearCrossEntropy.Chunk(_norm.forward(h), _head, labels.narrow(0, start, count), scale, softcap: Config.FinalLogitSoftcapping, dropout: dropout?.From(start));
+            var (chunkLoss, dn) = LinearCrossEntropy.Chunk(_norm.forward(h), _head, labels.narrow(0, start, count), scale, softcap: Config.FinalLogitSoftcapping, dropout: dropout?.From(start), gradientFilter: gradientFilter);
             loss.add_(chunkLoss);
             gradient.index_copy_(0, at, _norm.Backward(h, dn!));
         });

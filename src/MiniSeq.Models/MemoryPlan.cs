@@ -25,7 +25,9 @@ public enum RecomputePolicy
 /// <param name="Recompute">What is kept for backward.</param>
 /// <param name="MemoryBudgetBytes">For <see cref="RecomputePolicy.Auto"/>: bytes that the step may use beyond weights, gradients and optimizer
 /// state. Null is a quarter of the memory that is free on the CPU, and on a GPU, whose free memory TorchSharp does not tell, the least.</param>
-public sealed record ComputeOptions(int ChunkSize = Chunking.Auto, RecomputePolicy Recompute = RecomputePolicy.Auto, long? MemoryBudgetBytes = null);
+/// <param name="GradientFilter">ε of Cut Cross-Entropy: tokens of the vocabulary whose softmax is below it in a whole mini-sequence are left out of the LM
+/// head's gradients (<see cref="LinearCrossEntropy.Chunk"/>). 2^−12 is the paper's. An approximation; null, the default, is exact.</param>
+public sealed record ComputeOptions(int ChunkSize = Chunking.Auto, RecomputePolicy Recompute = RecomputePolicy.Auto, long? MemoryBudgetBytes = null, double? GradientFilter = null);
 
 /// <summary>The memory of one training step as a formula of its shape, and what each layer keeps under it.</summary>
 public sealed class MemoryPlan
