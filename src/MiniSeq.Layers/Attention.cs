@@ -9,9 +9,10 @@ namespace MiniSeq.Layers;
 /// share a batch (packed rows) see only themselves. softmax(scale · Q Kᵀ) V for each head (Dao et al. 2022, arXiv 2205.14135).
 /// </summary>
 /// <remarks>
-/// Rows are tokens: q [rows, Hq, D], k and v [rows, Hkv, D]; a document is a run of rows. On the CPU this is libtorch's flash
-/// kernel, which also hands out the log-sum-exp that backward needs; on other devices it is scaled_dot_product_attention. Capped scores
-/// and a window that a document is longer than go through <see cref="TiledAttention"/>, on every device.
+/// Rows are tokens: q [rows, Hq, D], k and v [rows, Hkv, D]; a document is a run of rows. In bfloat16 on a CPU that multiplies it, this is
+/// <see cref="FlashKernel"/>, at twice the speed of libtorch's flash kernel. That one serves the other types on the CPU, and also hands out the
+/// log-sum-exp that backward needs; on other devices it is scaled_dot_product_attention. Beside our kernel, capped scores and a window
+/// that a document is longer than go through <see cref="TiledAttention"/>.
 /// </remarks>
 public static class Attention
 {
@@ -23,7 +24,7 @@ public static class Attention
 
     /// <summary>The output and, where the form has one, the log-sum-exp of each document, kept or recomputed for <see cref="Backward"/>.</summary>
     /// <param name="Output">[rows, Hq, D].</param>
-    /// <param name="LogSumExp">One a document: [1, Hq, n] from the flash kernel, [Hkv, Hq/Hkv · n] from tiles, null where scaled_dot_product_attention keeps none.</param>
+    /// <param name="LogSumExp">One a document: [1, Hq, n] from a flash kernel, [Hkv, Hq/Hkv · n] from tiles, null where scaled_dot_product_attention keeps none.</param>
     public sealed record Result(Tensor Output, IReadOnlyList<Tensor?> LogSumExp) : IDisposable
     {
         /// <summary>Moves the tensors to the enclosing dispose scope.</summary>
@@ -162,7 +163,7 @@ public static class Attention
 
     private static (Tensor, Tensor, Tensor) OneBackward(Tensor dOutput, Tensor q, Tensor k, Tensor v, Tensor output, Tensor? logSumExp, double scale, long? window, double? softcap)
     {
-        if (FlashKernel.Takes(q)) return new FlashKernel(q, k, scale, window, softcap).Backward(dOutput, q, k, v, output, logSumExp!);
+        if (logSumExp is not null && FlashKernel.Takes(q)) return new FlashKernel(q, k, scale, window, softcap).Backward(dOutput, q, k, v, output, logSumExp);
         if (IsTiled(q, k.size(0), window, softcap)) return new TiledAttention(scale, window, softcap).Backward(dOutput, q, k, v, output, logSumExp!);
         if (logSumExp is null)
         {

@@ -279,21 +279,33 @@ let private head =
 /// None, or a few tokens, of which some are more than there are.
 let private window = Gen.frequency [ 1, Gen.constant 0; 2, Gen.choose (1, 14) ]
 
+/// Small heads in exact types, and in bfloat16 heads and documents that fill several tiles of the kernel.
 let private attention =
     gen {
         let! kvHeads = Gen.choose (1, 3)
         let! groups = Gen.choose (1, 3)
-        let! headDim = Gen.choose (1, 9)
+        let! precision = Gen.frequency [ 2, Gen.elements [ Float64; Float32 ]; 1, Gen.constant BFloat16 ]
+        let wide = precision = BFloat16
+
+        let! headDim =
+            if wide then
+                Gen.elements [ 16; 32; 48; 64; 80; 128 ]
+            else
+                Gen.choose (1, 9)
+
         let! documents = Gen.choose (1, 4)
 
-        let! lengths =
-            Gen.listOfLength documents (Gen.frequency [ 9, Gen.choose (1, 12); 1, Gen.choose (30, 80) ])
+        let length =
+            if wide then
+                [ 2, Gen.choose (1, 20); 2, Gen.choose (100, 300); 1, Gen.choose (500, 600) ]
+            else
+                [ 9, Gen.choose (1, 12); 1, Gen.choose (30, 80) ]
 
+        let! lengths = Gen.listOfLength documents (Gen.frequency length)
         let! scale = Gen.elements [ 1.0; 0.3; 0.1 ]
-        let! window = window
+        let! window = if wide then Gen.oneof [ window; Gen.choose (1, 500) ] else window
         let! capped = flag
         let! tile = Gen.zip (Gen.choose (1, 20)) (Gen.choose (1, 20))
-        let! precision = Gen.elements [ Float64; Float32 ]
         let! seed = seed
 
         return

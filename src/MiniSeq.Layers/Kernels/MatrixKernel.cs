@@ -19,9 +19,9 @@ internal static unsafe class MatrixKernel
     private const string Product = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb";
     private const string ReleaseProduct = "_ZN2at6native7cpublas14brgemm_releaseEb";
 
-    private static readonly Lazy<bool> s_isSupported = new(() => HasInstructions() && HasExports() && Checks());
+    private static readonly Lazy<bool> s_isSupported = new(() => IsWanted() && HasInstructions() && HasExports() && Checks());
 
-    /// <summary>Whether kernels take tensors like this: bfloat16 on a CPU that multiplies it (AVX-512 BF16), on Linux.</summary>
+    /// <summary>Whether kernels take tensors like this: bfloat16 on a CPU that multiplies it (AVX-512 BF16), on Linux, unless the environment variable MINISEQ_KERNELS is 0.</summary>
     public static bool Takes(Tensor t) => t.dtype == ScalarType.BFloat16 && t.device_type == DeviceType.CPU && s_isSupported.Value;
 
     /// <summary>C = A B, or C += A B if <paramref name="add"/>. A [m, k] and C [m, n] have lda and ldc numbers a row, packed B [k/2, n, 2] has ldb pairs.</summary>
@@ -38,6 +38,9 @@ internal static unsafe class MatrixKernel
         if (aoti_torch_get_data_ptr(t.Handle, out var pointer) != 0) throw new InvalidOperationException("libtorch gave no address of a tensor.");
         return (void*)pointer;
     }
+
+    // Without the kernels everything still runs, on libtorch's operators: to tell whose fault something is.
+    private static bool IsWanted() => Environment.GetEnvironmentVariable("MINISEQ_KERNELS") != "0";
 
     // An instruction set lowered by hand would make libtorch refuse the kernel with an exception that no .NET program can catch.
     private static bool HasInstructions() =>

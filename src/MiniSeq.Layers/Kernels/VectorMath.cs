@@ -7,10 +7,10 @@ namespace MiniSeq.Layers.Kernels;
 /// <summary>Functions of 16 numbers at a time. NaN goes through all of them, so that a damaged model is seen in its loss.</summary>
 internal static unsafe class VectorMath
 {
+    private const float C0 = 1, C1 = 0.693121045f, C2 = 0.24022349f, C3 = 0.0559219758f, C4 = 0.00966636852f;
+
     /// <summary>log₂ e.</summary>
     public const float Log2E = 1.44269504f;
-
-    private const float C0 = 1f, C1 = 0.693121045f, C2 = 0.24022349f, C3 = 0.0559219758f, C4 = 0.00966636852f;
 
     /// <summary>ln 2.</summary>
     public const float Ln2 = 0.693147181f;
@@ -21,7 +21,7 @@ internal static unsafe class VectorMath
     {
         x = Avx512F.Max(Vector512.Create(-160f), x); // the second operand where one is NaN
         var whole = Avx512F.RoundScale(x, 0);
-        var f = x - whole; // in [−½, ½]; the polynomial is the minimax one of degree 4 there
+        var f = x - whole; // in [−½, ½], where the polynomial meets 2^f at the five zeros of Chebyshev's
         var p = Avx512F.FusedMultiplyAdd(Vector512.Create(C4), f, Vector512.Create(C3));
         p = Avx512F.FusedMultiplyAdd(p, f, Vector512.Create(C2));
         p = Avx512F.FusedMultiplyAdd(p, f, Vector512.Create(C1));

@@ -1,0 +1,135 @@
+using MiniSeq.Layers;
+using static MiniSeq.Tests.Reference;
+using static TorchSharp.torch;
+
+namespace MiniSeq.Tests;
+
+/// <summary>What runs in kernels of our own where the CPU multiplies bfloat16, and on libtorch's operators elsewhere, against float64.</summary>
+public sealed class KernelTests
+{
+    private static Tensor Random(params long[] shape) => randn(shape).to(ScalarType.BFloat16);
+
+    private static Tensor Exact(Tensor t) => t.to(ScalarType.Float64);
+
+    [Theory]
+    [InlineData(1, 1, 2, 2, 64, null, null)]
+    [InlineData(15, 15, 2, 2, 64, null, null)]     // too few for the kernel
+    [InlineData(16, 16, 2, 1, 16, null, null)]
+    [InlineData(128, 128, 4, 4, 64, null, null)]   // one tile
+    [InlineData(129, 129, 6, 2, 48, null, null)]
+    [InlineData(700, 1300, 8, 2, 64, null, null)]  // the last rows only, heads that share keys
+    [InlineData(300, 900, 6, 2, 128, 100, null)]
+    [InlineData(600, 600, 5, 1, 256, 64, null)]    // five heads on one
+    [InlineData(513, 513, 3, 1, 80, null, 5.0)]
+    [InlineData(900, 900, 8, 8, 64, 333, 30.0)]
+    [InlineData(40, 40, 2, 2, 64, 1, null)]        // a token sees itself
+    [InlineData(40, 40, 2, 2, 20, null, null)]     // a width that is no multiple of 16
+    public void AttentionEqualsFloat64(int queries, int rows, int heads, int keyHeads, int width, int? window, double? softcap)
+    {
+        using var scope = NewDisposeScope();
+        random.manual_seed(1);
+        var (q, k, v, dy) = (Random(queries, heads, width) * 2, Random(rows, keyHeads, width), Random(rows, keyHeads, width), Random(queries, heads, width));
+        long[] lengths = [rows], asked = [queries];
+        double scale = 1 / Math.Sqrt(width);
+        var got = Attention.Forward(q, k, v, lengths, scale, window, softcap, asked);
+        var (dq, dk, dv) = Attention.Backward(dy, q, k, v, got, lengths, scale, window, softcap, asked);
+        var want = Attention.Forward(Exact(q), Exact(k), Exact(v), lengths, scale, window, softcap, asked);
+        var (wantDq, wantDk, wantDv) = Attention.Backward(Exact(dy), Exact(q), Exact(k), Exact(v), want, lengths, scale, window, softcap, asked);
+        Near(got.Output, want.Output);
+        Near(dv, wantDv);
+        if (rows == 1 || window == 1) return; // one key: its probability is 1 whatever the query
+        Near(dq, wantDq);
+        Near(dk, wantDk);
+
+        static void Near(Tensor got, Tensor want) => Close(got.to(ScalarType.Float64), want, 0.02 * want.abs().max().item<double>());
+    }
+
+    [Fact]
+    public void AttentionOfADamagedModelIsNotANumber()
+    {
+        using var scope = NewDisposeScope();
+        var (q, k, v) = (Random(40, 2, 64), Random(40, 2, 64), Random(40, 2, 64));
+        k[30, 1, 5] = float.NaN;
+        using var y = Attention.Forward(q, k, v, [40], 0.1);
+        Assert.True(y.Output.isnan().any().item<bool>());
+        Assert.False(y.Output.narrow(0, 0, 30).isnan().any().item<bool>());
+    }
+
+    [Theory]
+    [InlineData(1, 1, 1)]
+    [InlineData(3, 5, 7)]
+    [InlineData(33, 130, 17)]
+    [InlineData(512, 600, 300)]
+    [InlineData(1100, 129, 257)]
+    public void AWeightsGradientIsASumOfProducts(int rows, int m, int n)
+    {
+        using var scope = NewDisposeScope();
+        random.manual_seed(2);
+        var (a, b, sum) = (Random(rows, m), Random(rows, n), randn(m, n));
+        var want = Exact(sum) + Exact(a).t().mm(Exact(b));
+        Gradients.AddProduct(sum, a, b);
+        // Float32 sums in the kernel; elsewhere each block of products is rounded to bfloat16 first.
+        Close(Exact(sum), want, 0.01 * want.abs().max().item<double>());
+        // A column of a wider matrix is no contiguous tensor.
+        var wide = zeros(m, n + 2);
+        Gradients.AddProduct(wide.narrow(1, 1, n), a, b);
+        Assert.Equal(0, wide.select(1, 0).abs().max().item<float>());
+    }
+
+    [Theory]
+    [InlineData(1, 1)]
+    [InlineData(5, 15)]
+    [InlineData(70, 1003)]
+    public void CrossEntropyAndItsGradientEqualFloat64(int rows, int vocabulary)
+    {
+        using var scope = NewDisposeScope();
+        random.manual_seed(3);
+        using var head = new Projection(8, vocabulary, dtype: ScalarType.BFloat16);
+        using var exact = new Projection(new TorchSharp.Modules.Parameter(Exact(head.Weight.detach())));
+        var (x, labels) = (Random(rows, 8) * 4, randint(0, vocabulary, [rows], ScalarType.Int64));
+        var (loss, dx) = LinearCrossEntropy.Chunk(x, head, labels, 0.5);
+        var (wantLoss, wantDx) = LinearCrossEntropy.Chunk(Exact(x), exact, labels, 0.5);
+        Assert.Equal(wantLoss.item<double>(), loss.item<double>(), 0.02 * rows);
+        Close(Exact(dx!), wantDx, 0.03 * Math.Max(0.1, wantDx!.abs().max().item<double>()));
+        Close(Exact(head.Weight.grad!), exact.Weight.grad, 0.03 * Math.Max(0.1, exact.Weight.grad!.abs().max().item<double>()));
+        Assert.Equal(loss.item<double>(), LinearCrossEntropy.Chunk(x, head, labels, null).LossSum.item<double>());
+    }
+
+    [Theory]
+    [InlineData(ScalarType.Float64, 1e-12)]
+    [InlineData(ScalarType.BFloat16, 0.02)]
+    public void AFilterThatLeavesOutNothingThatCountsChangesNothing(ScalarType dtype, double tolerance)
+    {
+        using var scope = NewDisposeScope();
+        random.manual_seed(4);
+        using var head = new Projection(6, 40, dtype: dtype);
+        using (no_grad()) head.Weight.narrow(0, 10, 30).fill_(-100); // with x > 0 these 30 have no probability
+        var (x, labels) = ((rand(9, 6) + 1).to(dtype), randint(0, 10, [9], ScalarType.Int64));
+        var (_, want) = LinearCrossEntropy.Chunk(x, head, labels, 1);
+        var wantWeight = head.Weight.grad!.clone();
+        head.Weight.grad = null;
+        var (loss, got) = LinearCrossEntropy.Chunk(x, head, labels, 1, gradientFilter: 1.0 / 4096);
+        Close(Exact(got!), Exact(want!), tolerance);
+        Close(Exact(head.Weight.grad!), Exact(wantWeight), tolerance);
+        Assert.Equal(0, Exact(head.Weight.grad!).narrow(0, 10, 30).abs().max().item<double>());
+        Assert.True(loss.item<double>() > 0);
+    }
+
+    [Fact]
+    public void WhatAFilterLeavesOutIsBelowItsThreshold()
+    {
+        using var scope = NewDisposeScope();
+        random.manual_seed(5);
+        using var head = new Projection(6, 400, dtype: ScalarType.Float64);
+        using (no_grad()) head.Weight.mul_(20);
+        var (x, labels) = (randn(3, 6, dtype: ScalarType.Float64), randint(0, 400, [3], ScalarType.Int64));
+        LinearCrossEntropy.Chunk(x, head, labels, 1);
+        var exact = head.Weight.grad!.clone();
+        head.Weight.grad = null;
+        LinearCrossEntropy.Chunk(x, head, labels, 1, gradientFilter: 1e-3);
+        var off = (head.Weight.grad! - exact).abs();
+        Assert.True((head.Weight.grad!.abs().sum(dim: 1) > 0).sum().item<long>() is > 3 and < 200);
+        Assert.True(off.max().item<double>() <= 3 * 1e-3 * x.abs().max().item<double>());
+        Assert.True(off.max().item<double>() > 0);
+    }
+}
