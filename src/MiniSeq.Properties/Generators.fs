@@ -284,7 +284,10 @@ let private attention =
     gen {
         let! kvHeads = Gen.choose (1, 3)
         let! groups = Gen.choose (1, 3)
-        let! precision = Gen.frequency [ 2, Gen.elements [ Float64; Float32 ]; 1, Gen.constant BFloat16 ]
+
+        let! precision =
+            Gen.frequency [ 2, Gen.elements [ Float64; Float32 ]; 1, Gen.constant BFloat16 ]
+
         let wide = precision = BFloat16
 
         let! headDim =
@@ -303,7 +306,13 @@ let private attention =
 
         let! lengths = Gen.listOfLength documents (Gen.frequency length)
         let! scale = Gen.elements [ 1.0; 0.3; 0.1 ]
-        let! window = if wide then Gen.oneof [ window; Gen.choose (1, 500) ] else window
+
+        let! window =
+            if wide then
+                Gen.oneof [ window; Gen.choose (1, 500) ]
+            else
+                window
+
         let! capped = flag
         let! tile = Gen.zip (Gen.choose (1, 20)) (Gen.choose (1, 20))
         let! seed = seed

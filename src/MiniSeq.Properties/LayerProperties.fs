@@ -398,7 +398,12 @@ let private equalsWrittenAttention (c: AttentionCase) form =
         let heads = c.KvHeads * c.Groups
         let q, k, v, dy = draw heads, draw c.KvHeads, draw c.KvHeads, draw heads
         // bfloat16 is held against float64, entry by entry: an average over all would hide a row that sees one key too many.
-        let wide = if c.Precision = BFloat16 then torch.float64 else dtype c.Precision
+        let wide =
+            if c.Precision = BFloat16 then
+                torch.float64
+            else
+                dtype c.Precision
+
         let leaves = [ for t in [ q; k; v ] -> t.to_type(wide).detach().requires_grad_() ]
         let y = writtenAttention c leaves[0] leaves[1] leaves[2]
         torch.autograd.backward ([| y |], [| dy.to_type wide |])
