@@ -370,44 +370,58 @@ internal sealed unsafe class FlashKernel
         MatrixKernel.Multiply(BackwardKeys, Queries, _width, at.V, _width, dyColumns, Queries, at.DScores, Queries, add: false); // (dy vᵀ)ᵀ
         bool whole = count == Queries && length == BackwardKeys && from + length - 1 <= first && from >= FirstKey(first + Queries - 1);
         for (int r = 0; r < BackwardKeys; r += 2)
-            for (int c = 0; c < Queries; c += 16)
-            {
-                var a = ScoreGradient(at, tile, r, c, whole, first, count, from, length);
-                var b = ScoreGradient(at, tile, r + 1, c, whole, first, count, from, length);
-                (a | (b << 16)).Store((uint*)at.Packed + (r / 2 * Queries) + c);
-            }
+            ScoreGradients(at, tile, r, whole ? (0, Queries) : Seen(first - from - r, r < length ? count : 0), whole ? (0, Queries) : Seen(first - from - r - 1, r + 1 < length ? count : 0));
         MatrixKernel.Multiply(BackwardKeys, _width, Queries, (ushort*)at.Scores, 2 * Queries, dyRows, _width, at.Dv + (from * _width), _width, add: true);
         MatrixKernel.Multiply(BackwardKeys, _width, Queries, (ushort*)at.DScores, 2 * Queries, qRows, _width, at.Dk + (from * _width), _width, add: true);
         MatrixKernel.Multiply(_width, Queries, BackwardKeys, at.Kt, BackwardKeys, at.Packed, Queries, at.Dq(tile), Queries, add: true);
     }
 
-    // 16 queries against one key: p and ds take the first half of their row's memory, and ds is the result, too.
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private Vector512<uint> ScoreGradient(in BackwardMemory at, int tile, int key, int query, bool whole, long first, int count, long from, int length)
+    // Which queries of a tile see a key: from low to high. The distance is that of the tile's first query to it.
+    private (int Low, int High) Seen(long distance, int count) => ((int)Math.Clamp(-distance, 0, Queries), (int)Math.Clamp(Math.Min(count, _window - distance), 0, Queries));
+
+    // Two keys against all queries: p and ds take the first half of their row's memory, and ds goes to the packed pairs, too.
+    private void ScoreGradients(in BackwardMemory at, int tile, int key, (int Low, int High) first, (int Low, int High) second)
     {
-        float* row = at.Scores + (key * Queries), dRow = at.DScores + (key * Queries);
-        var s = Vector512.Load(row + query);
-        var slope = Vector512.Create(_scale);
-        float unit = VectorMath.Log2E * _scale;
-        if (_cap > 0)
+        float* s = at.Scores + (key * Queries), ds = at.DScores + (key * Queries), lse = at.Lse(tile), along = at.Along(tile);
+        uint* pairs = (uint*)at.Packed + (key / 2 * Queries);
+        var numbers = new Factors(_scale, _cap);
+        for (int c = 0; c < Queries; c += 16)
         {
-            var tanh = VectorMath.Tanh(s * (_scale / _cap));
-            slope *= Vector512<float>.One - (tanh * tanh);
-            (s, unit) = (tanh, VectorMath.Log2E * _cap);
+            var (shift, delta) = (Vector512.Load(lse + c), Vector512.Load(along + c));
+            var low = numbers.ScoreGradient(s, ds, c, shift, delta, first);
+            var high = numbers.ScoreGradient(s + Queries, ds + Queries, c, shift, delta, second);
+            (low | (high << 16)).Store(pairs + c);
         }
-        var p = VectorMath.Exp2(Avx512F.FusedMultiplySubtract(s, Vector512.Create(unit), Vector512.Load(at.Lse(tile) + query)));
-        if (!whole)
+    }
+
+    private readonly struct Factors(float scale, float cap)
+    {
+        private readonly Vector512<float> _unit = Vector512.Create(VectorMath.Log2E * (cap > 0 ? cap : scale));
+        private readonly Vector512<float> _scale = Vector512.Create(scale);
+        private readonly float _inside = cap > 0 ? scale / cap : 0;
+
+        // Queries c.. of one row of keys.
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        public Vector512<uint> ScoreGradient(float* row, float* dRow, int c, Vector512<float> lse, Vector512<float> along, (int Low, int High) seen)
         {
-            long distance = first + query - (from + key); // of the first of the 16; the others are that much further on
-            int low = (int)Math.Clamp(-distance, 0, 16), high = key < length ? (int)Math.Clamp(Math.Min(count - query, _window - distance), 0, 16) : 0;
-            var lane = Vector512<int>.Indices;
-            p = Vector512.ConditionalSelect((Vector512.GreaterThanOrEqual(lane, Vector512.Create(low)) & Vector512.LessThan(lane, Vector512.Create(high))).AsSingle(), p, default);
+            var (s, slope) = (Vector512.Load(row + c), _scale);
+            if (_inside > 0)
+            {
+                s = VectorMath.Tanh(s * _inside);
+                slope *= Vector512<float>.One - (s * s);
+            }
+            var p = VectorMath.Exp2(Avx512F.FusedMultiplySubtract(s, _unit, lse));
+            if (seen.Low > c || seen.High < c + 16)
+            {
+                var query = Vector512<int>.Indices + Vector512.Create(c);
+                p = Vector512.ConditionalSelect((Vector512.GreaterThanOrEqual(query, Vector512.Create(seen.Low)) & Vector512.LessThan(query, Vector512.Create(seen.High))).AsSingle(), p, default);
+            }
+            var ds = (Vector512.Load(dRow + c) - along) * p * slope;
+            VectorMath.StoreFast(p, (ushort*)row + c);
+            var bits = VectorMath.RoundedFast(ds);
+            Avx512F.ConvertToVector256UInt16(bits).Store((ushort*)dRow + c);
+            return bits;
         }
-        var ds = (Vector512.Load(dRow + query) - Vector512.Load(at.Along(tile) + query)) * p * slope;
-        VectorMath.StoreFast(p, (ushort*)row + query);
-        var bits = VectorMath.RoundedFast(ds);
-        Avx512F.ConvertToVector256UInt16(bits).Store((ushort*)dRow + query);
-        return bits;
     }
 
     private void Round(float* from, ushort* to, int keyHead)
