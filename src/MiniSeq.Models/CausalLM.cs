@@ -14,6 +14,11 @@ public readonly record struct TokenScore(double LossSum, long TargetCount, long 
     public static TokenScore operator +(TokenScore a, TokenScore b) => new(a.LossSum + b.LossSum, a.TargetCount + b.TargetCount, a.Correct + b.Correct);
 }
 
+/// <summary>Told in backward that gradients are complete: nothing is added to them any more, and the parameters are not read again. It may change both.</summary>
+/// <param name="lossSum">Σ −log p of the whole batch, float64: known before the first gradient is complete.</param>
+/// <param name="parameters">Those of a module that require a gradient; one that the loss does not depend on has none.</param>
+public delegate void GradientsCompleted(Tensor lossSum, IReadOnlyList<Parameter> parameters);
+
 /// <summary>
 /// A causal language model: embedding, decoder layers, norm and LM head, with parameters named as in Hugging Face checkpoints.
 /// Training is driven, not recorded: <see cref="ForwardBackward"/> walks the layers itself and builds no graph across them.
@@ -88,10 +93,11 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     /// <param name="batch">Packed documents.</param>
     /// <param name="scale">1 / (targets of all micro-batches of the step) makes the gradient of the exact mean.</param>
     /// <param name="options">Chunk size and what to keep.</param>
-    /// <param name="cancellationToken">Looked at before each layer; gradients are then incomplete.</param>
+    /// <param name="cancellationToken">Looked at before each layer; gradients are then incomplete. With <paramref name="completed"/> in forward only, so that nothing is left half changed.</param>
+    /// <param name="completed">Called for the head with the last norm, for each layer from the last to the first, and for the embedding, to which a tied head's weight belongs.</param>
     /// <returns>Loss sum and targets; with no target at all the loss is 0 and no gradient is touched.</returns>
     /// <exception cref="ArgumentException">A token or label is outside the vocabulary.</exception>
-    public TokenLoss ForwardBackward(TokenBatch batch, double scale, ComputeOptions? options = null, CancellationToken cancellationToken = default)
+    public TokenLoss ForwardBackward(TokenBatch batch, double scale, ComputeOptions? options = null, CancellationToken cancellationToken = default, GradientsCompleted? completed = null)
     {
         options ??= new ComputeOptions();
         using var scope = NewDisposeScope();
@@ -115,14 +121,18 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
             }
             var (loss, gradient) = HeadForwardBackward(x, wanted?.Places(targets) ?? targets, batch.Targets.index_select(0, targets), scale, plan.LogitRows, dropout);
             x.Dispose();
+            Complete(_head.parameters().Concat(_norm.parameters()).Where(p => !ReferenceEquals(p, _embedding.Weight)));
             foreach (var layer in _layers.Reverse())
             {
-                cancellationToken.ThrowIfCancellationRequested();
-                using var record = records.Pop();
-                gradient = layer.Backward_(record, gradient, rows, batch.Lengths, OfLast(layer, wanted));
+                if (completed is null) cancellationToken.ThrowIfCancellationRequested();
+                using (var record = records.Pop()) gradient = layer.Backward_(record, gradient, rows, batch.Lengths, OfLast(layer, wanted));
+                Complete(layer.parameters());
             }
             _embedding.Backward(batch.InputIds, Config.ScaleEmbeddings ? gradient.mul_(_embeddingScale) : gradient);
+            Complete(_embedding.parameters());
             return new TokenLoss(loss.MoveToOuterDisposeScope(), targets.numel());
+
+            void Complete(IEnumerable<Parameter> parameters) => completed?.Invoke(loss, [.. parameters.Where(p => p.requires_grad)]);
         }
         finally
         {
