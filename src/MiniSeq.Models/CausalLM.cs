@@ -1,4 +1,5 @@
 using MiniSeq.Layers;
+using TorchSharp;
 using TorchSharp.Modules;
 using static TorchSharp.torch;
 
@@ -24,7 +25,7 @@ public delegate void GradientsCompleted(Tensor lossSum, IReadOnlyList<Parameter>
 /// Training is driven, not recorded: <see cref="ForwardBackward"/> walks the layers itself and builds no graph across them.
 /// </summary>
 /// <remarks>
-/// Kept from forward to backward: each layer's input, L · rows · d numbers, and more where <see cref="MemoryPlan"/> finds room. At work in
+/// Kept from forward to backward: each layer's input, L · rows · d numbers, in memory or in a file, and more where <see cref="MemoryPlan"/> finds room. At work in
 /// backward: one layer, of which only attention sees all rows. The MLP and the LM head hold one mini-sequence (arXiv 2407.15892).
 /// For one thread at a time.
 /// </remarks>
@@ -97,6 +98,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     /// <param name="completed">Called for the head with the last norm, for each layer from the last to the first, and for the embedding, to which a tied head's weight belongs.</param>
     /// <returns>Loss sum and targets; with no target at all the loss is 0 and no gradient is touched.</returns>
     /// <exception cref="ArgumentException">A token or label is outside the vocabulary.</exception>
+    /// <exception cref="IOException"><see cref="ComputeOptions.OffloadFolder"/> is not there, may not be written to or is full.</exception>
     public TokenLoss ForwardBackward(TokenBatch batch, double scale, ComputeOptions? options = null, CancellationToken cancellationToken = default, GradientsCompleted? completed = null)
     {
         options ??= new ComputeOptions();
@@ -108,6 +110,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         DropoutRows? dropout = Adapter is { LoraDropout: > 0 } && training ? DropoutRows.NewPass() : null;
         var rows = Rows(batch, plan.ChunkRows) with { Dropout = dropout };
         var wanted = WantedRows.From(targets, batch.Lengths);
+        using var store = OffloadStore.Create(options.OffloadFolder, (long)_layers.Length * batch.RowCount * Config.HiddenSize * DType.ElementSize(), Device);
         var records = new Stack<LayerRecord>();
         try
         {
@@ -118,6 +121,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
                 var record = new LayerRecord(x, policy);
                 records.Push(record);
                 x = layer.Forward(x, rows, (q, k, v) => Attend(layer, record, q, k, v), record, wanted: OfLast(layer, wanted));
+                record.Offload(store);
             }
             var (loss, gradient) = HeadForwardBackward(x, wanted?.Places(targets) ?? targets, batch.Targets.index_select(0, targets), scale, plan.LogitRows, dropout);
             x.Dispose();
@@ -125,7 +129,11 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
             foreach (var layer in _layers.Reverse())
             {
                 if (completed is null) cancellationToken.ThrowIfCancellationRequested();
-                using (var record = records.Pop()) gradient = layer.Backward_(record, gradient, rows, batch.Lengths, OfLast(layer, wanted));
+                using (var record = records.Pop())
+                {
+                    record.Restore(store);
+                    gradient = layer.Backward_(record, gradient, rows, batch.Lengths, OfLast(layer, wanted));
+                }
                 Complete(layer.parameters());
             }
             _embedding.Backward(batch.InputIds, Config.ScaleEmbeddings ? gradient.mul_(_embeddingScale) : gradient);

@@ -106,6 +106,7 @@ public sealed record TrainingOptions
     /// <summary>Throws where an option is outside its range, or contradicts another.</summary>
     /// <exception cref="ArgumentOutOfRangeException">Names the option, its value and its range.</exception>
     /// <exception cref="ArgumentException"><see cref="OptimizerInBackward"/> with an option that needs all gradients at once.</exception>
+    /// <exception cref="IOException"><see cref="ComputeOptions.OffloadFolder"/> is not there or may not be written to.</exception>
     public void Validate()
     {
         Check(NumTrainEpochs > 0 || MaxSteps is not null, nameof(NumTrainEpochs), NumTrainEpochs, "positive");
@@ -126,6 +127,7 @@ public sealed record TrainingOptions
         Check(EarlyStoppingPatience is null or > 0, nameof(EarlyStoppingPatience), EarlyStoppingPatience, "positive, or null");
         Check(Compute.ChunkSize >= 0, nameof(Compute.ChunkSize), Compute.ChunkSize, "positive, or 0 for the automatic rule");
         CheckOptimizerInBackward();
+        if (Compute.OffloadFolder is { } folder) OffloadFile.CheckFolder(folder);
 
         static void Check(bool holds, string name, object? value, string range)
         {
