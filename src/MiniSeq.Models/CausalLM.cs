@@ -15,7 +15,7 @@ public readonly record struct TokenScore(double LossSum, long TargetCount, long 
     public static TokenScore operator +(TokenScore a, TokenScore b) => new(a.LossSum + b.LossSum, a.TargetCount + b.TargetCount, a.Correct + b.Correct);
 }
 
-/// <summary>Told in backward that gradients are complete: nothing is added to them any more, and the parameters are not read again. It may change both.</summary>
+/// <summary>Told in backward that gradients are complete: nothing is added to them any more, and the parameters are not read again. It may change both. Runs in the step's dispose scope.</summary>
 /// <param name="lossSum">Σ −log p of the whole batch, float64: known before the first gradient is complete.</param>
 /// <param name="parameters">Those of a module that require a gradient; one that the loss does not depend on has none.</param>
 public delegate void GradientsCompleted(Tensor lossSum, IReadOnlyList<Parameter> parameters);

@@ -50,6 +50,7 @@ public static class Trainer
     /// <exception cref="NotFiniteNumberException">Loss or gradient is NaN or infinite; the message names the step.</exception>
     /// <exception cref="OperationCanceledException">The run was cancelled.</exception>
     /// <exception cref="ArgumentException">No documents, no targets, or an option outside its range.</exception>
+    /// <exception cref="IOException"><see cref="ComputeOptions.OffloadFolder"/> cannot be written to, said before the first step, or is full.</exception>
     public static TrainingResult Train(CausalLM model, IReadOnlyList<TokenSequence> documents, IReadOnlyList<TokenSequence>? validation, TrainingOptions options,
         IProgress<TrainingProgress>? progress = null, CancellationToken cancellationToken = default)
     {
