@@ -1,6 +1,6 @@
 using System.Globalization;
-using MiniSeq.Layers;
 using Microsoft.Win32.SafeHandles;
+using MiniSeq.Layers;
 using TorchSharp;
 using static TorchSharp.torch;
 
