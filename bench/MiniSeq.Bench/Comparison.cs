@@ -95,13 +95,13 @@ internal sealed class Comparison
     /// <summary>A JSON number of whatever .NET type.</summary>
     public static double Number(JsonNode node) => node.Deserialize<double>();
 
-    private static double Median(double[] values)
+    internal static double Median(double[] values)
     {
         Array.Sort(values);
         return (values[(values.Length - 1) / 2] + values[values.Length / 2]) / 2;
     }
 
-    private static string Device()
+    internal static string Device()
     {
         const string Info = "/proc/cpuinfo";
         string? name = File.Exists(Info) ? File.ReadLines(Info).FirstOrDefault(l => l.StartsWith("model name", StringComparison.Ordinal)) : null;

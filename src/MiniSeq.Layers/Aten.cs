@@ -53,6 +53,14 @@ internal static unsafe class Aten
         return (Tensor.UnsafeCreateTensor(dq), Tensor.UnsafeCreateTensor(dk), Tensor.UnsafeCreateTensor(dv));
     }
 
+    /// <summary>Where a CPU tensor's first element is. Valid as long as the tensor is: the caller keeps it alive.</summary>
+    public static void* DataPointer(Tensor tensor)
+    {
+        void* pointer;
+        Check(aoti_torch_get_data_ptr(tensor.Handle, &pointer), "the address", tensor);
+        return pointer;
+    }
+
     // Keeps the wrappers alive across the native call too: only their handles went in.
     private static void Check(int result, string name, params Tensor[] arguments)
     {
@@ -61,6 +69,7 @@ internal static unsafe class Aten
         GC.KeepAlive(arguments);
     }
 
+    [DllImport(Library)] private static extern int aoti_torch_get_data_ptr(IntPtr tensor, void** pointer);
     [DllImport(Library)] private static extern int aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(IntPtr q, IntPtr k, IntPtr v, double dropout, int causal, IntPtr* mask, double* scale, IntPtr* output, IntPtr* lse);
     [DllImport(Library)] private static extern int aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu_backward(IntPtr dOutput, IntPtr q, IntPtr k, IntPtr v, IntPtr output, IntPtr lse, double dropout, int causal, IntPtr* mask, double* scale, IntPtr* dq, IntPtr* dk, IntPtr* dv);
 }

@@ -1,4 +1,5 @@
 using MiniSeq.Layers;
+using TorchSharp;
 using TorchSharp.Modules;
 using static TorchSharp.torch;
 
@@ -14,12 +15,17 @@ public readonly record struct TokenScore(double LossSum, long TargetCount, long 
     public static TokenScore operator +(TokenScore a, TokenScore b) => new(a.LossSum + b.LossSum, a.TargetCount + b.TargetCount, a.Correct + b.Correct);
 }
 
+/// <summary>Told in backward that gradients are complete: nothing is added to them any more, and the parameters are not read again. It may change both. Runs in the step's dispose scope.</summary>
+/// <param name="lossSum">Σ −log p of the whole batch, float64: known before the first gradient is complete.</param>
+/// <param name="parameters">Those of a module that require a gradient; one that the loss does not depend on has none.</param>
+public delegate void GradientsCompleted(Tensor lossSum, IReadOnlyList<Parameter> parameters);
+
 /// <summary>
 /// A causal language model: embedding, decoder layers, norm and LM head, with parameters named as in Hugging Face checkpoints.
 /// Training is driven, not recorded: <see cref="ForwardBackward"/> walks the layers itself and builds no graph across them.
 /// </summary>
 /// <remarks>
-/// Kept from forward to backward: each layer's input, L · rows · d numbers, and more where <see cref="MemoryPlan"/> finds room. At work in
+/// Kept from forward to backward: each layer's input, L · rows · d numbers, in memory or in a file, and more where <see cref="MemoryPlan"/> finds room. At work in
 /// backward: one layer, of which only attention sees all rows. The MLP and the LM head hold one mini-sequence (arXiv 2407.15892).
 /// For one thread at a time.
 /// </remarks>
@@ -88,10 +94,12 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     /// <param name="batch">Packed documents.</param>
     /// <param name="scale">1 / (targets of all micro-batches of the step) makes the gradient of the exact mean.</param>
     /// <param name="options">Chunk size and what to keep.</param>
-    /// <param name="cancellationToken">Looked at before each layer; gradients are then incomplete.</param>
+    /// <param name="cancellationToken">Looked at before each layer; gradients are then incomplete. With <paramref name="completed"/> in forward only, so that nothing is left half changed.</param>
+    /// <param name="completed">Called for the head with the last norm, for each layer from the last to the first, and for the embedding, to which a tied head's weight belongs.</param>
     /// <returns>Loss sum and targets; with no target at all the loss is 0 and no gradient is touched.</returns>
     /// <exception cref="ArgumentException">A token or label is outside the vocabulary.</exception>
-    public TokenLoss ForwardBackward(TokenBatch batch, double scale, ComputeOptions? options = null, CancellationToken cancellationToken = default)
+    /// <exception cref="IOException"><see cref="ComputeOptions.OffloadFolder"/> is not there, may not be written to or is full.</exception>
+    public TokenLoss ForwardBackward(TokenBatch batch, double scale, ComputeOptions? options = null, CancellationToken cancellationToken = default, GradientsCompleted? completed = null)
     {
         options ??= new ComputeOptions();
         using var scope = NewDisposeScope();
@@ -102,6 +110,7 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         DropoutRows? dropout = Adapter is { LoraDropout: > 0 } && training ? DropoutRows.NewPass() : null;
         var rows = Rows(batch, plan.ChunkRows) with { Dropout = dropout };
         var wanted = WantedRows.From(targets, batch.Lengths);
+        using var store = OffloadStore.Create(options.OffloadFolder, (long)_layers.Length * batch.RowCount * Config.HiddenSize * DType.ElementSize(), Device);
         var records = new Stack<LayerRecord>();
         try
         {
@@ -112,17 +121,26 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
                 var record = new LayerRecord(x, policy);
                 records.Push(record);
                 x = layer.Forward(x, rows, (q, k, v) => Attend(layer, record, q, k, v), record, wanted: OfLast(layer, wanted));
+                record.Offload(store);
             }
             var (loss, gradient) = HeadForwardBackward(x, wanted?.Places(targets) ?? targets, batch.Targets.index_select(0, targets), scale, plan.LogitRows, options.GradientFilter, dropout);
             x.Dispose();
+            Complete(_head.parameters().Concat(_norm.parameters()).Where(p => !ReferenceEquals(p, _embedding.Weight)));
             foreach (var layer in _layers.Reverse())
             {
-                cancellationToken.ThrowIfCancellationRequested();
-                using var record = records.Pop();
-                gradient = layer.Backward_(record, gradient, rows, batch.Lengths, OfLast(layer, wanted));
+                if (completed is null) cancellationToken.ThrowIfCancellationRequested();
+                using (var record = records.Pop())
+                {
+                    record.Restore(store);
+                    gradient = layer.Backward_(record, gradient, rows, batch.Lengths, OfLast(layer, wanted));
+                }
+                Complete(layer.parameters());
             }
             _embedding.Backward(batch.InputIds, Config.ScaleEmbeddings ? gradient.mul_(_embeddingScale) : gradient);
+            Complete(_embedding.parameters());
             return new TokenLoss(loss.MoveToOuterDisposeScope(), targets.numel());
+
+            void Complete(IEnumerable<Parameter> parameters) => completed?.Invoke(loss, [.. parameters.Where(p => p.requires_grad)]);
         }
         finally
         {

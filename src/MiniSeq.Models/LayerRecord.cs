@@ -44,9 +44,9 @@ internal sealed record WantedRows(Tensor Rows, IReadOnlyList<long> Lengths)
 /// <summary>What a layer keeps from forward for backward: its input, and more where memory allows. Belongs to no dispose scope.</summary>
 internal sealed class LayerRecord(Tensor input, RecomputePolicy policy) : IDisposable
 {
-    private readonly List<Tensor> _owned = [input.DetachFromDisposeScope()];
+    private readonly List<Tensor> _owned = [];
 
-    public Tensor Input { get; } = input;
+    public Tensor Input { get; private set; } = input.DetachFromDisposeScope();
 
     /// <summary>Output and log-sum-exp.</summary>
     public Attention.Result? Attention { get; private set; }
@@ -77,8 +77,22 @@ internal sealed class LayerRecord(Tensor input, RecomputePolicy policy) : IDispo
         (Residual, Mlp) = (Room(Input.size(1)), (Room(intermediate), Room(intermediate)));
     }
 
+    /// <summary>Moves the input out of memory, until <see cref="Restore"/>; null leaves it.</summary>
+    public void Offload(OffloadStore? store)
+    {
+        store?.Push(Input);
+        if (store is not null) Input.Dispose();
+    }
+
+    /// <summary>Brings it back from the same store.</summary>
+    public void Restore(OffloadStore? store)
+    {
+        if (store is not null) Input = store.Pop().DetachFromDisposeScope();
+    }
+
     public void Dispose()
     {
+        Input.Dispose();
         foreach (var t in _owned) t.Dispose();
         Attention?.Dispose();
     }

@@ -24,10 +24,13 @@ public enum RecomputePolicy
 /// <param name="ChunkSize">Rows of a mini-sequence in the layers and the LM head, or <see cref="Chunking.Auto"/>.</param>
 /// <param name="Recompute">What is kept for backward.</param>
 /// <param name="MemoryBudgetBytes">For <see cref="RecomputePolicy.Auto"/>: bytes that the step may use beyond weights, gradients and optimizer
-/// state. Null is a quarter of the memory that is free on the CPU, and on a GPU, whose free memory TorchSharp does not tell, the least.</param>
+/// state. Null is a quarter of the memory that is free on the CPU, and on a GPU, whose free memory TorchSharp does not tell, the least; so with a folder to offload to.</param>
+/// <param name="OffloadFolder">Folder, on a disk with room for L · rows · d numbers, where the layers' inputs wait for backward in a temporary file, so that only
+/// one layer's memory grows with the rows. Null keeps them in memory. On a GPU they wait in pinned host memory, and not in the folder.</param>
 /// <param name="GradientFilter">ε of Cut Cross-Entropy: tokens of the vocabulary whose softmax is below it in a whole mini-sequence are left out of the LM
 /// head's gradients (<see cref="LinearCrossEntropy.Chunk"/>). 2^−12 is the paper's. An approximation; null, the default, is exact.</param>
-public sealed record ComputeOptions(int ChunkSize = Chunking.Auto, RecomputePolicy Recompute = RecomputePolicy.Auto, long? MemoryBudgetBytes = null, double? GradientFilter = null);
+public sealed record ComputeOptions(int ChunkSize = Chunking.Auto, RecomputePolicy Recompute = RecomputePolicy.Auto, long? MemoryBudgetBytes = null, string? OffloadFolder = null,
+    double? GradientFilter = null);
 
 /// <summary>The memory of one training step as a formula of its shape, and what each layer keeps under it.</summary>
 public sealed class MemoryPlan
@@ -39,6 +42,7 @@ public sealed class MemoryPlan
     private readonly long _rows;
     private readonly long _element;
     private readonly RecomputePolicy[] _layers;
+    private readonly bool _offloads; // no layer's input is kept but that of the layer at work
 
     /// <summary>The plan of a step.</summary>
     /// <param name="config">The model.</param>
@@ -52,9 +56,10 @@ public sealed class MemoryPlan
         (_config, _rows, _element) = (config, rows, dtype.ElementSize());
         ChunkRows = Chunking.Rows(options.ChunkSize, rows, config.IntermediateSize, dtype);
         LogitRows = Chunking.LogitRows(options.ChunkSize, Math.Max(1, targets), config.VocabSize, dtype);
+        _offloads = options.OffloadFolder is not null;
         _layers = new RecomputePolicy[config.NumHiddenLayers];
         Array.Fill(_layers, options.Recompute == RecomputePolicy.Auto ? RecomputePolicy.Full : options.Recompute);
-        if (options.Recompute == RecomputePolicy.Auto) Fill(options.MemoryBudgetBytes ?? DefaultBudget(device));
+        if (options.Recompute == RecomputePolicy.Auto) Fill(options.MemoryBudgetBytes ?? (_offloads ? 0 : DefaultBudget(device)));
     }
 
     /// <summary>Rows of a mini-sequence in the layers.</summary>
@@ -75,7 +80,7 @@ public sealed class MemoryPlan
             long peak = kept + (2 * Hidden) + HeadChunkBytes; // the last layer's output and its gradient
             for (int l = _layers.Length - 1; l >= 0; l--)
             {
-                peak = Math.Max(peak, kept + Hidden + BackwardBytes(_layers[l]));
+                peak = Math.Max(peak, kept + Hidden + (_offloads ? Hidden : 0) + BackwardBytes(_layers[l]));
                 kept -= KeptBytes(_layers[l]);
             }
             return peak;
@@ -113,7 +118,7 @@ public sealed class MemoryPlan
             }
     }
 
-    private long KeptBytes(RecomputePolicy policy) => Hidden + policy switch
+    private long KeptBytes(RecomputePolicy policy) => (_offloads ? 0 : Hidden) + policy switch
     {
         RecomputePolicy.Full => 0,
         RecomputePolicy.KeepAttention => Queries + LogSumExp,

@@ -203,6 +203,53 @@ let ``a driven step does not depend on its chunk or on what is kept`` (c: Decode
 
         agree c.Precision (step (options c)) (step (ComputeOptions(other, otherPolicy c.Recompute))))
 
+/// The numbers of both forms are the same, to the bit.
+let private identical (got: Outcome) (want: Outcome) =
+    let equal a b =
+        match a, b with
+        | Some(a: Tensor), Some(b: Tensor) -> a.equal(b).all().item<bool>()
+        | a, b -> a.IsNone && b.IsNone
+
+    List.forall2 (fun (name, a) (other, b) -> name = other && equal a b) got want
+
+[<Property>]
+let ``a driven step does not depend on where inputs wait for backward`` (c: DecoderCase) =
+    withModel c (fun model documents ->
+        let step folder =
+            driven model (ComputeOptions(c.Chunk, c.Recompute, 0, folder)) [ documents ]
+
+        identical (step (System.IO.Path.GetTempPath())) (step null))
+
+[<Property>]
+let ``gradients are complete when they are said to be`` (c: DecoderCase) =
+    withModel c (fun model documents ->
+        let want = driven model (options c) [ documents ]
+        let want = want |> List.skip (want.Length - (gradientsOf model).Length)
+
+        clear model
+        use batch = new TokenBatch(documents)
+        let told = System.Collections.Generic.Dictionary<nativeint, Tensor option>()
+
+        // As an optimizer does: the gradient goes, and the weight is another one.
+        let completed _ (parameters: seq<Modules.Parameter>) =
+            use _ = torch.no_grad ()
+
+            for p in parameters do
+                told.Add(p.Handle, gradient p |> Option.map _.DetachFromDisposeScope())
+                p.grad <- null
+                p.fill_ (nan.ToScalar()) |> ignore
+
+        use _ =
+            model.ForwardBackward(batch, scale, options c, completed = GradientsCompleted completed)
+
+        let got: Outcome =
+            [
+                for struct (name, p) in model.named_parameters () ->
+                    name, (if told.ContainsKey p.Handle then told[p.Handle] else None)
+            ]
+
+        identical got want && List.forall (snd >> Option.isNone) (gradientsOf model))
+
 [<Property>]
 let ``micro-batches add up to one batch`` (c: DecoderCase) (NonNegativeInt cut) =
     let c = exact c

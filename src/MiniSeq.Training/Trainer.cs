@@ -1,6 +1,7 @@
 using System.Diagnostics;
 using MiniSeq.Layers;
 using MiniSeq.Models;
+using TorchSharp.Modules;
 using static TorchSharp.torch;
 
 namespace MiniSeq.Training;
@@ -39,7 +40,8 @@ public sealed record TrainingResult(int Steps, double TrainLoss, EvaluationResul
 public static class Trainer
 {
     /// <summary>Trains the parameters of a model that require a gradient.</summary>
-    /// <param name="model">Changed in place; when an exception ends the run it holds the weights after the last whole step.</param>
+    /// <param name="model">Changed in place; when an exception ends the run it holds the weights after the last whole step. Only with
+    /// <see cref="TrainingOptions.OptimizerInBackward"/>, and never after a cancellation, may a part of them be the next step's already.</param>
     /// <param name="documents">At least one, with at least one target in all.</param>
     /// <param name="validation">Documents to evaluate on, or none.</param>
     /// <param name="options">See there.</param>
@@ -48,6 +50,7 @@ public static class Trainer
     /// <exception cref="NotFiniteNumberException">Loss or gradient is NaN or infinite; the message names the step.</exception>
     /// <exception cref="OperationCanceledException">The run was cancelled.</exception>
     /// <exception cref="ArgumentException">No documents, no targets, or an option outside its range.</exception>
+    /// <exception cref="IOException"><see cref="ComputeOptions.OffloadFolder"/> cannot be written to, said before the first step, or is full.</exception>
     public static TrainingResult Train(CausalLM model, IReadOnlyList<TokenSequence> documents, IReadOnlyList<TokenSequence>? validation, TrainingOptions options,
         IProgress<TrainingProgress>? progress = null, CancellationToken cancellationToken = default)
     {
@@ -135,17 +138,44 @@ public static class Trainer
         optimizer.ZeroGrad();
         long targets = window.Sum(d => d.TargetCount);
         double loss = 0;
+        var updates = options.OptimizerInBackward ? new BackwardUpdates(optimizer, step, targets, learningRate) : null;
         foreach (var documents in window.Chunk(options.BatchSize))
         {
             using var batch = new TokenBatch(documents, model.Device);
-            using var part = model.ForwardBackward(batch, 1.0 / Math.Max(1, targets), options.Compute, cancellationToken);
+            using var part = model.ForwardBackward(batch, 1.0 / Math.Max(1, targets), options.Compute, cancellationToken, updates is null ? null : updates.Update);
             loss += part.LossSum.item<double>();
         }
-        double norm = optimizer.ClipGradNorm(options.MaxGradNorm);
-        if (!double.IsFinite(loss) || !double.IsFinite(norm))
-            throw new NotFiniteNumberException($"Step {step + 1}: the loss is {loss / Math.Max(1, targets)} and the norm of the gradient {norm}. {(step == 0 ? "No step was made yet: the weights that were loaded may be damaged." : $"The weights are those after step {step}; a lower learning rate, more warmup or gradient clipping may help.")}");
-        if (targets > 0) optimizer.Step(learningRate);
+        double norm = updates?.GradNorm ?? optimizer.ClipGradNorm(options.MaxGradNorm);
+        if (!double.IsFinite(loss) || !double.IsFinite(norm)) throw NotFinite(step, loss / Math.Max(1, targets), norm, changed: false);
+        if (targets > 0 && updates is null) optimizer.Step(learningRate);
         return new StepResult(loss, targets, window.Sum(d => (long)d.Length), norm);
+    }
+
+    private static NotFiniteNumberException NotFinite(int step, double loss, double norm, bool changed)
+    {
+        const string Remedy = "a lower learning rate, more warmup or gradient clipping may help";
+        return new NotFiniteNumberException($"Step {step + 1}: the loss is {loss} and the norm of the gradient {norm}. " + (changed
+            ? $"The weights of later layers are already those of this step, which OptimizerInBackward makes layer by layer, from the last to the first: load the model anew; {Remedy}, which needs OptimizerInBackward = false."
+            : step == 0 ? "No step was made yet: the weights that were loaded may be damaged."
+            : $"The weights are those after step {step}; {Remedy}."));
+    }
+
+    /// <summary>The optimizer's part of a step, done while backward goes on (<see cref="TrainingOptions.OptimizerInBackward"/>).</summary>
+    private sealed class BackwardUpdates(FusedAdamW optimizer, int step, long targets, double learningRate)
+    {
+        private double _squares;
+        private bool _changed;
+
+        public double GradNorm => Math.Sqrt(_squares);
+
+        public void Update(Tensor lossSum, IReadOnlyList<Parameter> parameters)
+        {
+            double loss = lossSum.item<double>() / targets, norm = FusedAdamW.GradNorm(parameters);
+            if (!double.IsFinite(loss) || !double.IsFinite(norm)) throw NotFinite(step, loss, norm, _changed);
+            _squares += norm * norm;
+            optimizer.StepAndFree(parameters, learningRate);
+            _changed |= parameters.Count > 0;
+        }
     }
 
     private readonly record struct StepResult(double LossSum, long Targets, long Tokens, double GradNorm);

@@ -15,6 +15,19 @@ public enum LrSchedulerType
     Constant,
 }
 
+/// <summary>The type in which the optimizer keeps its moments.</summary>
+public enum OptimizerStateType
+{
+    /// <summary>8 bytes a parameter; float64 where the parameters are.</summary>
+    Float32,
+
+    /// <summary>
+    /// 4 bytes a parameter, computed in float32 and rounded stochastically: to nearest, the second moment would stand still, for a step
+    /// changes it by 1 − β₂, less than half of a bfloat16's last digit.
+    /// </summary>
+    BFloat16,
+}
+
 /// <summary>Options of a training run, under the names of Hugging Face's <c>TrainingArguments</c>.</summary>
 public sealed record TrainingOptions
 {
@@ -54,6 +67,15 @@ public sealed record TrainingOptions
     /// <summary>ε of AdamW.</summary>
     public double AdamEpsilon { get; init; } = 1e-8;
 
+    /// <summary>The type of the optimizer's moments. A 16-bit parameter's master copy is float32 with either.</summary>
+    public OptimizerStateType OptimizerState { get; init; }
+
+    /// <summary>
+    /// Whether each parameter is updated, and its gradient freed, as soon as that gradient is complete: those of one layer exist at a time, and
+    /// not those of the whole model. The updates are the same. Needs <see cref="MaxGradNorm"/> 0 and <see cref="GradientAccumulationSteps"/> 1.
+    /// </summary>
+    public bool OptimizerInBackward { get; init; }
+
     /// <summary>Gradients are scaled down to this L2 norm over all parameters; 0 does not clip.</summary>
     public double MaxGradNorm { get; init; } = 1;
 
@@ -81,8 +103,10 @@ public sealed record TrainingOptions
     /// <summary>Chunk size and what is kept for backward.</summary>
     public ComputeOptions Compute { get; init; } = new();
 
-    /// <summary>Throws where an option is outside its range.</summary>
+    /// <summary>Throws where an option is outside its range, or contradicts another.</summary>
     /// <exception cref="ArgumentOutOfRangeException">Names the option, its value and its range.</exception>
+    /// <exception cref="ArgumentException"><see cref="OptimizerInBackward"/> with an option that needs all gradients at once.</exception>
+    /// <exception cref="IOException"><see cref="ComputeOptions.OffloadFolder"/> is not there or may not be written to.</exception>
     public void Validate()
     {
         Check(NumTrainEpochs > 0 || MaxSteps is not null, nameof(NumTrainEpochs), NumTrainEpochs, "positive");
@@ -97,15 +121,28 @@ public sealed record TrainingOptions
         Check(AdamBeta2 is >= 0 and < 1, nameof(AdamBeta2), AdamBeta2, "in [0, 1)");
         Check(AdamEpsilon > 0, nameof(AdamEpsilon), AdamEpsilon, "positive");
         Check(MaxGradNorm >= 0, nameof(MaxGradNorm), MaxGradNorm, "not negative (0 does not clip)");
+        Check(Enum.IsDefined(OptimizerState), nameof(OptimizerState), OptimizerState, "Float32 or BFloat16");
         Check(LoggingSteps > 0, nameof(LoggingSteps), LoggingSteps, "positive");
         Check(EvalSteps is null or > 0, nameof(EvalSteps), EvalSteps, "positive, or null");
         Check(EarlyStoppingPatience is null or > 0, nameof(EarlyStoppingPatience), EarlyStoppingPatience, "positive, or null");
         Check(Compute.ChunkSize >= 0, nameof(Compute.ChunkSize), Compute.ChunkSize, "positive, or 0 for the automatic rule");
+        Check(Compute.GradientFilter is null or (> 0 and < 1), nameof(Compute.GradientFilter), Compute.GradientFilter, "between 0 and 1, or null for exact gradients");
+        CheckOptimizerInBackward();
+        if (Compute.OffloadFolder is { } folder) OffloadFile.CheckFolder(folder);
 
         static void Check(bool holds, string name, object? value, string range)
         {
             if (!holds) throw new ArgumentOutOfRangeException(name, value, $"{name} must be {range}.");
         }
+    }
+
+    private void CheckOptimizerInBackward()
+    {
+        if (!OptimizerInBackward) return;
+        var against = new List<string>();
+        if (MaxGradNorm > 0) against.Add(FormattableString.Invariant($"MaxGradNorm is {MaxGradNorm}, and clipping needs the norm of all gradients before the first update: set MaxGradNorm = 0"));
+        if (GradientAccumulationSteps > 1) against.Add($"GradientAccumulationSteps is {GradientAccumulationSteps}, and adding up micro-batches needs all gradients between them: set GradientAccumulationSteps = 1, and BatchSize for more documents a step");
+        if (against.Count > 0) throw new ArgumentException($"OptimizerInBackward frees each gradient before the next layer's is made. But {string.Join("; and ", against)}. Or set OptimizerInBackward = false.");
     }
 
     /// <summary>The learning rate of a step.</summary>

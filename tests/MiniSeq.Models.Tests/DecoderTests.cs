@@ -104,6 +104,42 @@ public sealed class DecoderTests
         batch.Dispose();
     }
 
+    [Theory]
+    [InlineData(false)]
+    [InlineData(true)]
+    public void EachGradientIsCompleteWhenItIsSaidToBe(bool tied)
+    {
+        using var scope = NewDisposeScope();
+        using var model = new CausalLM(Tiny(tied), ScalarType.Float64);
+        var (batch, _, _) = Batch(2, 9, 6);
+        model.ForwardBackward(batch, 1).Dispose();
+        var want = GradientsOf(model);
+        ClearGradients(model);
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")!.requires_grad = false;
+        var names = model.named_parameters().ToDictionary(p => p.parameter.Handle, p => p.name);
+        using var cancelled = new CancellationTokenSource();
+        var groups = new List<string[]>();
+        model.ForwardBackward(batch, 1, null, cancelled.Token, (loss, parameters) =>
+        {
+            cancelled.Cancel(); // too late: backward goes on
+            Assert.True(double.IsFinite(loss.item<double>()));
+            groups.Add([.. parameters.Select(p => names[p.Handle])]);
+            foreach (var p in parameters)
+            {
+                Close(p.grad, want[names[p.Handle]], 1e-12);
+                p.grad = null;
+                using (no_grad()) p.fill_(double.NaN); // not read again
+            }
+        }).Dispose();
+        Assert.All(model.parameters(), p => Assert.Null(p.grad));
+        string[] head = tied ? ["model.norm.weight"] : ["lm_head.weight", "model.norm.weight"];
+        Assert.Equal(head, groups[0].Order(StringComparer.Ordinal));
+        for (int i = 0; i < 3; i++) Assert.All(groups[i + 1], name => Assert.StartsWith($"model.layers.{2 - i}.", name));
+        Assert.Equal(["model.embed_tokens.weight"], groups[4]);
+        Assert.Equal(want.Keys.Except(["model.layers.1.mlp.up_proj.weight"]).Order(StringComparer.Ordinal), groups.SelectMany(g => g).Order(StringComparer.Ordinal));
+        batch.Dispose();
+    }
+
     [Fact]
     public void BFloat16IsAsNearToFloat32AsThePlainFormIs()
     {

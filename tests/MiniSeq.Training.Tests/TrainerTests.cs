@@ -208,6 +208,24 @@ public sealed class TrainerTests
     }
 
     [Fact]
+    public void AFolderToOffloadToChangesNothingAndIsLookedAtFirst()
+    {
+        string folder = Directory.CreateTempSubdirectory("miniseq-offload-").FullName;
+        var options = new TrainingOptions { MaxSteps = 3, BatchSize = 2, LearningRate = 1e-2, Compute = new ComputeOptions(Recompute: RecomputePolicy.Full) };
+        var offloaded = options with { Compute = options.Compute with { OffloadFolder = folder } };
+        Assert.Equal(Trained(options), Trained(offloaded));
+        Assert.Empty(Directory.GetFileSystemEntries(folder));
+        Directory.Delete(folder);
+        using var model = Model();
+        var before = Weights(model);
+        var reports = new Reports();
+        var error = Assert.Throws<IOException>(() => Trainer.Train(model, Documents(3), Documents(2), offloaded with { EvalOnStart = true }, reports));
+        Assert.Contains($"'{folder}' (ComputeOptions.OffloadFolder)", error.Message);
+        Assert.Empty(reports.All); // not even an evaluation
+        Assert.Equal(before, Weights(model));
+    }
+
+    [Fact]
     public void NothingToLearnOrEvaluateIsRefused()
     {
         using var model = Model();

@@ -35,8 +35,7 @@ internal static unsafe class MatrixKernel
     public static void* Pointer(Tensor t)
     {
         if (!t.is_contiguous()) throw new ArgumentException("A kernel reads contiguous tensors.", nameof(t));
-        if (aoti_torch_get_data_ptr(t.Handle, out var pointer) != 0) throw new InvalidOperationException("libtorch gave no address of a tensor.");
-        return (void*)pointer;
+        return Aten.DataPointer(t);
     }
 
     // Without the kernels everything still runs, on libtorch's operators: to tell whose fault something is.
@@ -73,7 +72,4 @@ internal static unsafe class MatrixKernel
 
     [DllImport(Library, EntryPoint = ReleaseProduct)]
     private static extern void brgemm_release(byte packed);
-
-    [DllImport(Library)]
-    private static extern int aoti_torch_get_data_ptr(IntPtr tensor, out IntPtr pointer);
 }
