@@ -104,7 +104,7 @@ internal sealed class OptimizerCommand
             ["parameters"] = t.Value[0].Parameters,
             ["stateBytes"] = t.Value[0].StateBytes,
             ["peakTensorBytes"] = t.Value.Max(turn => turn.PeakBytes),
-            ["optimizerMilliseconds"] = Math.Round(1000 * Comparison.Median([.. t.Value.SelectMany(turn => turn.Seconds)]), 2),
+            ["optimizerMilliseconds"] = Math.Round(1000 * Report.Median([.. t.Value.SelectMany(turn => turn.Seconds)]), 2),
             ["loss"] = t.Value[0].Loss,
         })];
     }
@@ -142,14 +142,14 @@ internal sealed class OptimizerCommand
     private static JsonObject Json(Shape shape, List<JsonObject> variants) => new()
     {
         ["shape"] = JsonSerializer.SerializeToNode(shape, s_json),
-        ["device"] = Comparison.Device(),
+        ["device"] = Report.Device(),
         ["threads"] = get_num_threads(),
         ["variants"] = new JsonArray([.. variants]),
     };
 
     private static void Table(JsonObject result)
     {
-        static string Cell(JsonNode? n, double unit, string format) => (Comparison.Number(n!) / unit).ToString(format, CultureInfo.InvariantCulture);
+        static string Cell(JsonNode? n, double unit, string format) => (Report.Number(n!) / unit).ToString(format, CultureInfo.InvariantCulture);
         Console.WriteLine("| variant | dtype | parameters, million | state, bytes | peak of all tensors over a step, bytes | optimizer, ms a step |");
         Console.WriteLine("| --- | --- | ---: | ---: | ---: | ---: |");
         foreach (var v in (JsonArray)result["variants"]!)

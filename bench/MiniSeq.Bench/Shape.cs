@@ -27,10 +27,13 @@ internal sealed record Shape
     public int KvHeads { get; init; }
     public int Vocab { get; init; }
     public int Seq { get; init; }
-    public int Batch { get; init; }
+    public int Batch { get; init; } = 1;
 
     /// <summary>Share of the positions, at the end, that have a label.</summary>
     public double LossFraction { get; init; } = 1;
+
+    /// <summary>Rank of the adapter that is trained in place of the weights; 0 is none.</summary>
+    public int Lora { get; init; }
 
     [JsonIgnore]
     public DecoderConfig Config => DecoderConfig.Llama(Vocab, Hidden, Intermediate, Layers, Heads, KvHeads);
@@ -54,6 +57,8 @@ internal sealed record Shape
         "bfloat16" or "bf16" => ScalarType.BFloat16,
         _ => throw new ArgumentException($"--dtype {name} is not known: write float32 or bfloat16."),
     };
+
+    public static string Name(ScalarType dtype) => dtype.ToString().ToLowerInvariant();
 
     public static string Name(Variant variant) => variant switch
     {

@@ -1,6 +1,7 @@
 using MiniSeq.Layers;
 using MiniSeq.Models;
 using MiniSeq.Training;
+using TorchSharp.Modules;
 using static TorchSharp.torch;
 
 namespace MiniSeq.Bench;
@@ -22,8 +23,9 @@ internal sealed class StepRunner : IDisposable
         (_shape, _variant, _compute) = (shape, variant, compute);
         random.manual_seed(1);
         _model = new CausalLM(shape.Config, dtype);
+        if (shape.Lora > 0) _model.AddAdapter(new LoraConfig { R = shape.Lora, LoraAlpha = 2 * shape.Lora });
         // Gradients persist over steps, as they do under accumulation, and have one type in all variants.
-        foreach (var p in _model.parameters())
+        foreach (var p in Trained)
         {
             using var gradient = zeros(p.shape, Gradients.AccumulationType(p.dtype));
             p.grad = gradient;
@@ -103,8 +105,10 @@ internal sealed class StepRunner : IDisposable
     {
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();
-        foreach (var p in _model.parameters()) p.grad!.zero_();
+        foreach (var p in Trained) p.grad!.zero_();
     }
+
+    private IEnumerable<Parameter> Trained => _model.parameters().Where(p => p.requires_grad);
 
     public void Dispose()
     {

@@ -16,7 +16,8 @@ namespace MiniSeq.Bench;
 /// <param name="BudgetBytes">For longest.</param>
 /// <param name="Compute">Options of mini-sequence.</param>
 /// <param name="Threads">Threads of libtorch; 0 leaves its own choice.</param>
-internal sealed record Order(string Kind, Shape Shape, Variant Variant, string DType, int Steps, bool Optimizer, long BudgetBytes, ComputeOptions Compute, int Threads);
+/// <param name="Timed">For longest: whether a step at it is timed.</param>
+internal sealed record Order(string Kind, Shape Shape, Variant Variant, string DType, int Steps, bool Optimizer, long BudgetBytes, ComputeOptions Compute, int Threads, bool Timed = false);
 
 /// <summary>What a process reports.</summary>
 internal sealed record Outcome
@@ -27,7 +28,12 @@ internal sealed record Outcome
     public long PeakTensorBytes { get; init; }
     public long BaseBytes { get; init; }
     public int Longest { get; init; }
+
+    /// <summary>Of a peak at the longest over that at half of it.</summary>
+    public double BytesPerToken { get; init; }
+
     public double Gflops { get; init; }
+    public string Product { get; init; } = "";
     public int Threads { get; init; }
 }
 
@@ -81,12 +87,7 @@ internal static class Worker
         TensorMemory.ResetPeak();
         var seconds = new double[order.Steps];
         double loss = 0;
-        for (int i = 0; i < seconds.Length; i++)
-        {
-            var clock = Stopwatch.StartNew();
-            loss = runner.Step(documents);
-            seconds[i] = clock.Elapsed.TotalSeconds;
-        }
+        for (int i = 0; i < seconds.Length; i++) seconds[i] = Seconds(() => loss = runner.Step(documents));
         return new Outcome
         {
             Seconds = seconds,
@@ -121,26 +122,26 @@ internal static class Worker
             if (guess >= over.Seq) guess = Math.Max(fits.Seq + 1, over.Seq - Math.Max(1, fits.Seq / 50));
             next = guess;
         }
-        return new Outcome { Longest = fits.Seq, PeakTensorBytes = fits.Peak, BaseBytes = runner.BaseTensorBytes };
+        return new Outcome
+        {
+            Longest = fits.Seq,
+            PeakTensorBytes = fits.Peak,
+            BaseBytes = runner.BaseTensorBytes,
+            BytesPerToken = fits.Seq < 4 ? 0 : (double)(fits.Peak - runner.GrowingTensorBytes(fits.Seq / 2)) / (fits.Seq - (fits.Seq / 2)) / order.Shape.Batch,
+            Seconds = order.Timed && fits.Seq > 0 ? [Seconds(() => runner.Step(order.Shape.Documents(fits.Seq)))] : [],
+        };
     }
 
-    // The rate of the largest product of the shape: what the step's rate is held against.
+    private static double Seconds(Action run)
+    {
+        var clock = Stopwatch.StartNew();
+        run();
+        return clock.Elapsed.TotalSeconds;
+    }
+
     private static Outcome Gemm(Order order)
     {
-        const int Rows = 2048, Runs = 5;
-        TensorMemory.KeepFreedMemory();
-        using var scope = NewDisposeScope();
-        using var noGrad = no_grad();
-        var dtype = Shape.ParseDType(order.DType);
-        var x = randn(Rows, order.Shape.Hidden).to(dtype);
-        var w = randn(order.Shape.Intermediate, order.Shape.Hidden).to(dtype);
-        double best = double.MaxValue;
-        for (int i = 0; i <= Runs; i++)
-        {
-            var clock = Stopwatch.StartNew();
-            nn.functional.linear(x, w).Dispose();
-            if (i > 0) best = Math.Min(best, clock.Elapsed.TotalSeconds);
-        }
-        return new Outcome { Gflops = 2.0 * Rows * order.Shape.Hidden * order.Shape.Intermediate / best / 1e9 };
+        var (gflops, name) = ProductRates.Fastest(order.Shape, Shape.ParseDType(order.DType));
+        return new Outcome { Gflops = gflops, Product = name };
     }
 }
