@@ -40,6 +40,7 @@ internal sealed class ModelOptions(Shape defaults, string dtype)
     private readonly Option<int> _chunk = Options.Chunk();
     private readonly Option<int> _budget = Options.Number("--budget-mb", 1024, "memory beyond weights, gradients and optimizer state, in MB of 2^20 bytes");
     private readonly Option<RecomputePolicy> _recompute = new("--recompute") { DefaultValueFactory = _ => RecomputePolicy.Auto, Description = "what mini-sequence computes again in backward; Auto keeps what --budget-mb allows, and nothing where the least memory is sought (longest, growth)" };
+    private readonly Option<string?> _offload = new("--offload") { Description = "folder where mini-sequence keeps its layer inputs in a temporary file" };
     private readonly Option<string[]> _dtype = new("--dtype") { DefaultValueFactory = _ => [dtype], AllowMultipleArgumentsPerToken = true, Description = "float32, bfloat16 or both" };
     private readonly Option<string[]> _variants = new("--variants") { DefaultValueFactory = _ => ["plain", "recompute", "mini-sequence"], AllowMultipleArgumentsPerToken = true, Description = "which to run" };
 
@@ -57,7 +58,7 @@ internal sealed class ModelOptions(Shape defaults, string dtype)
     /// <param name="others">Of <see cref="Seq"/> and <see cref="Lora"/>, those that it has.</param>
     public void AddTo(Command command, params Option[] others)
     {
-        foreach (var o in new Option[] { _hidden, _intermediate, _layers, _heads, _kvHeads, _vocab, _batch, _lossFraction, _chunk, _budget, _recompute, _dtype, _variants, Threads }.Concat(others))
+        foreach (var o in new Option[] { _hidden, _intermediate, _layers, _heads, _kvHeads, _vocab, _batch, _lossFraction, _chunk, _budget, _recompute, _offload, _dtype, _variants, Threads }.Concat(others))
             command.Add(o);
     }
 
@@ -86,7 +87,7 @@ internal sealed class ModelOptions(Shape defaults, string dtype)
     public ComputeOptions Compute(ParseResult p, bool leastMemory = false)
     {
         var policy = p.GetValue(_recompute);
-        return new ComputeOptions(p.GetValue(_chunk), leastMemory && policy == RecomputePolicy.Auto ? RecomputePolicy.Full : policy, BudgetBytes(p));
+        return new ComputeOptions(p.GetValue(_chunk), leastMemory && policy == RecomputePolicy.Auto ? RecomputePolicy.Full : policy, BudgetBytes(p), p.GetValue(_offload));
     }
 
     private static Variant ParseVariant(string name) => Enum.GetValues<Variant>().Cast<Variant?>().FirstOrDefault(v => Bench.Shape.Name(v!.Value) == name)

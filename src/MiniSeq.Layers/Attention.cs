@@ -76,6 +76,43 @@ public static class Attention
         return new Result(output!, sums).MoveToOuterDisposeScope();
     }
 
+    /// <summary>Whether backward of queries like these needs of the output no more than <see cref="Delta"/>, and takes the memory of q, k and v for its results.</summary>
+    /// <param name="q">[rows, Hq, D].</param>
+    /// <param name="lengths">As in <see cref="Forward"/>.</param>
+    /// <param name="queries">As in <see cref="Forward"/>.</param>
+    public static bool WorksInPlace(Tensor q, IReadOnlyList<long> lengths, IReadOnlyList<long>? queries = null) => Documents(lengths, queries).All(d => FlashKernel.Takes(d.Q(q)));
+
+    /// <summary>Σ dy ⊙ y of each row and head, [rows, Hq] float32: what the softmax's gradient takes of the output. Shapes: [rows, Hq, D].</summary>
+    public static Tensor Delta(Tensor dOutput, Tensor output)
+    {
+        using var scope = NewDisposeScope();
+        return (dOutput.to(ScalarType.Float32) * output).sum(-1).MoveToOuterDisposeScope();
+    }
+
+    /// <summary>The same as <see cref="Backward"/> where <see cref="WorksInPlace"/>: dq, dk and dv take the place of q, k and v.</summary>
+    /// <param name="dOutput">[rows, Hq, D].</param>
+    /// <param name="q">Contiguous, as k and v.</param>
+    /// <param name="k">As in forward.</param>
+    /// <param name="v">As in forward.</param>
+    /// <param name="delta">[rows, Hq], <see cref="Delta"/>.</param>
+    /// <param name="logSumExp">Forward's.</param>
+    /// <param name="lengths">As in forward.</param>
+    /// <param name="scale">As in forward.</param>
+    /// <param name="window">As in forward.</param>
+    /// <param name="softcap">As in forward.</param>
+    /// <param name="queries">As in forward.</param>
+    public static void Backward_(Tensor dOutput, Tensor q, Tensor k, Tensor v, Tensor delta, IReadOnlyList<Tensor?> logSumExp, IReadOnlyList<long> lengths, double scale,
+        long? window = null, double? softcap = null, IReadOnlyList<long>? queries = null)
+    {
+        using var scope = NewDisposeScope();
+        foreach (var (document, lse) in Documents(lengths, queries).Zip(logSumExp))
+        {
+            using var one = NewDisposeScope();
+            var (dq, dk, dv) = (document.Q(q), document.Rows(k), document.Rows(v));
+            new FlashKernel(dq, dk, scale, window, softcap).Backward_(document.Q(dOutput), dq, dk, dv, document.Q(delta), lse!);
+        }
+    }
+
     /// <summary>Gradients of q, k and v, shaped like them, from that of the output [rows, Hq, D].</summary>
     public static (Tensor Dq, Tensor Dk, Tensor Dv) Backward(Tensor dOutput, Tensor q, Tensor k, Tensor v, Result forward, IReadOnlyList<long> lengths, double scale,
         long? window = null, double? softcap = null, IReadOnlyList<long>? queries = null)
@@ -163,7 +200,12 @@ public static class Attention
 
     private static (Tensor, Tensor, Tensor) OneBackward(Tensor dOutput, Tensor q, Tensor k, Tensor v, Tensor output, Tensor? logSumExp, double scale, long? window, double? softcap)
     {
-        if (logSumExp is not null && FlashKernel.Takes(q)) return new FlashKernel(q, k, scale, window, softcap).Backward(dOutput, q, k, v, output, logSumExp);
+        if (logSumExp is not null && FlashKernel.Takes(q))
+        {
+            var (dq, dk, dv) = (q.clone(), k.clone(), v.clone());
+            new FlashKernel(q, k, scale, window, softcap).Backward_(dOutput, dq, dk, dv, Delta(dOutput, output), logSumExp);
+            return (dq, dk, dv);
+        }
         if (IsTiled(q, k.size(0), window, softcap)) return new TiledAttention(scale, window, softcap).Backward(dOutput, q, k, v, output, logSumExp!);
         if (logSumExp is null)
         {

@@ -119,8 +119,20 @@ internal sealed class DecoderLayer : nn.Module
         {
             var (q, k, v) = record.Heads ?? QueryKeyValue(record.Input, rows, wanted);
             var attention = record.Attention ?? Attend(q, k, v, lengths, wanted);
-            var dOutput = BackwardAfterAttention(record, Own(record.Input, wanted), gradient, attention.Output, rows);
-            (dq, dk, dv) = Attention.Backward(dOutput, q, k, v, attention, lengths, _config.AttentionScale, _window, _config.AttnLogitSoftcapping, wanted?.Lengths);
+            var output = attention.Output;
+            if (Attention.WorksInPlace(q, lengths, wanted?.Lengths))
+            {
+                var delta = empty([output.size(0), output.size(1)], ScalarType.Float32, output.device);
+                BackwardAfterAttention(record, Own(record.Input, wanted), gradient, output, output, rows, delta);
+                (dq, dk, dv) = (q, k, v);
+                Attention.Backward_(output, dq, dk, dv, delta, attention.LogSumExp, lengths, _config.AttentionScale, _window, _config.AttnLogitSoftcapping, wanted?.Lengths);
+            }
+            else
+            {
+                var dOutput = empty_like(output);
+                BackwardAfterAttention(record, Own(record.Input, wanted), gradient, output, dOutput, rows);
+                (dq, dk, dv) = Attention.Backward(dOutput, q, k, v, attention, lengths, _config.AttentionScale, _window, _config.AttnLogitSoftcapping, wanted?.Lengths);
+            }
             foreach (var t in new[] { dq, dk, dv }) t.MoveToOuterDisposeScope();
         }
         if (wanted is null)
@@ -179,24 +191,21 @@ internal sealed class DecoderLayer : nn.Module
 
     private Tensor AfterAttention(Tensor x, Tensor attention, DropoutRows? dropout) => Through(_postAttentionNorm, _o.forward(attention, dropout)).add_(x);
 
-    // dy → dr in place, and the gradient of attention's output.
-    private Tensor BackwardAfterAttention(LayerRecord record, Tensor x, Tensor gradient, Tensor output, RowContext rows)
-    {
-        var dOutput = empty_like(output);
-        var (attention, dAttention) = (output.flatten(1), dOutput.flatten(1));
+    // dy → dr in place, and the gradient of attention's output, which may take the output's place: then delta is what is needed of both.
+    private void BackwardAfterAttention(LayerRecord record, Tensor x, Tensor gradient, Tensor output, Tensor dOutput, RowContext rows, Tensor? delta = null) =>
         Chunking.ForEach(gradient.size(0), rows.ChunkRows, (start, count) =>
         {
             Tensor At(Tensor t) => t.narrow(0, start, count);
             var dropout = rows.Dropout?.From(start);
-            var (a, dr) = (At(attention), At(gradient));
+            var (a, dr) = (At(output).flatten(1), At(gradient));
             var r = record.Residual is { } kept ? At(kept) : AfterAttention(At(x), a, dropout);
             dr.add_(BackwardMlp(r, dr, record.Mlp is var (gate, up) ? (At(gate), At(up)) : null, dropout)); // dr = dy + the way through the MLP
             var dProjected = _postAttentionNorm?.Backward(_o.forward(a, dropout), dr) ?? dr;
             _o.AccumulateGradients(a, dProjected, dropout);
-            At(dAttention).copy_(_o.InputGradient(dProjected, dropout));
+            var da = Heads(_o.InputGradient(dProjected, dropout));
+            if (delta is not null) At(delta).copy_(Attention.Delta(da, At(output)));
+            At(dOutput).copy_(da);
         });
-        return dOutput;
-    }
 
     // The gradient of r through norm → MLP → norm, of one mini-sequence.
     private Tensor BackwardMlp(Tensor r, Tensor dy, (Tensor Gate, Tensor Up)? kept, DropoutRows? dropout)

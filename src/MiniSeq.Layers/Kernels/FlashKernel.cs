@@ -63,34 +63,39 @@ internal sealed unsafe class FlashKernel
         return (output.MoveToOuterDisposeScope(), sums.MoveToOuterDisposeScope());
     }
 
-    /// <summary>Gradients of q, k and v, shaped like them.</summary>
+    /// <summary>Gradients of q, k and v in the memory of q, k and v.</summary>
+    /// <param name="dOutput">dy, [n, Hq, D].</param>
+    /// <param name="q">As in forward; contiguous, as k and v.</param>
+    /// <param name="k">As in forward.</param>
+    /// <param name="v">As in forward.</param>
+    /// <param name="delta">Σ dy ⊙ y of each query and head, [n, Hq] float32.</param>
+    /// <param name="logSumExp">Forward's.</param>
     /// <remarks>p = exp(s − lse); dv += pᵀ dy; ds = scale p ⊙ (dy vᵀ − Σ dy ⊙ y), through the cap times 1 − (s / cap)²; dq = ds k; dk += dsᵀ q. Tiles are transposed,
-    /// [keys, queries]: then only one of the five products needs an operand in another order than it was made.</remarks>
-    public (Tensor Dq, Tensor Dk, Tensor Dv) Backward(Tensor dOutput, Tensor q, Tensor k, Tensor v, Tensor output, Tensor logSumExp)
+    /// [keys, queries]: then only one of the five products needs an operand in another order than it was made. A block of queries is read by one task alone, and keys are
+    /// read to the end before their gradients are written.</remarks>
+    public void Backward_(Tensor dOutput, Tensor q, Tensor k, Tensor v, Tensor delta, Tensor logSumExp)
     {
         using var scope = NewDisposeScope();
-        (q, k, v, dOutput, output, logSumExp) = (q.contiguous(), k.contiguous(), v.contiguous(), dOutput.contiguous(), output.contiguous(), logSumExp.contiguous());
-        var (dq, dk, dv) = (empty_like(q), empty_like(k), empty_like(v));
+        (dOutput, delta, logSumExp) = (dOutput.contiguous(), delta.contiguous(), logSumExp.contiguous());
         int workers = Workers.Count;
         int parts = (workers + _keyHeads - 1) / _keyHeads; // of a head's queries, where there are fewer heads than threads
         workers = Math.Min(workers, _keyHeads * parts);
         var layout = new BackwardScratch(_width, _length);
         var scratch = empty([workers, layout.Floats], ScalarType.Float32);
         var shared = parts > 1 ? zeros([2, _length, _keyHeads, _width], ScalarType.Float32) : null;
-        var arguments = new BackwardArguments((ushort*)MatrixKernel.Pointer(dOutput), (ushort*)MatrixKernel.Pointer(q), (ushort*)MatrixKernel.Pointer(k), (ushort*)MatrixKernel.Pointer(v),
-            (ushort*)MatrixKernel.Pointer(output), (float*)MatrixKernel.Pointer(logSumExp), (ushort*)MatrixKernel.Pointer(dq));
-        ushort* pdk = (ushort*)MatrixKernel.Pointer(dk), pdv = (ushort*)MatrixKernel.Pointer(dv);
+        var x = new BackwardArguments((ushort*)MatrixKernel.Pointer(dOutput), (ushort*)MatrixKernel.Pointer(q), (ushort*)MatrixKernel.Pointer(k), (ushort*)MatrixKernel.Pointer(v),
+            (float*)MatrixKernel.Pointer(delta), (float*)MatrixKernel.Pointer(logSumExp));
         float* room = (float*)MatrixKernel.Pointer(scratch), sum = shared is null ? null : (float*)MatrixKernel.Pointer(shared);
         var together = new Lock();
         Workers.Run(workers, _keyHeads * parts, (worker, task) =>
         {
             int head = task % _keyHeads;
             var at = layout.At(room + (worker * layout.Floats));
-            BackwardTask(arguments, head, task / _keyHeads, parts, at);
+            BackwardTask(x, head, task / _keyHeads, parts, at);
             if (sum == null)
             {
-                Round(at.Dk, pdk, head);
-                Round(at.Dv, pdv, head);
+                Round(at.Dk, x.K, head);
+                Round(at.Dv, x.V, head);
                 return;
             }
             lock (together)
@@ -99,12 +104,9 @@ internal sealed unsafe class FlashKernel
                 AddTo(sum + (_length * _keyStride), at.Dv, head);
             }
         });
-        if (shared is not null)
-        {
-            dk.copy_(shared[0]);
-            dv.copy_(shared[1]);
-        }
-        return (dq.MoveToOuterDisposeScope(), dk.MoveToOuterDisposeScope(), dv.MoveToOuterDisposeScope());
+        if (shared is null) return;
+        k.copy_(shared[0]);
+        v.copy_(shared[1]);
     }
 
     private long Position(long row) => _length - _n + row; // of a query among the keys
@@ -247,10 +249,10 @@ internal sealed unsafe class FlashKernel
 
     private const int BackwardKeys = 256, BackwardTiles = 2;
 
-    private readonly struct BackwardArguments(ushort* dOutput, ushort* q, ushort* k, ushort* v, ushort* output, float* sums, ushort* dq)
+    private readonly struct BackwardArguments(ushort* dOutput, ushort* q, ushort* k, ushort* v, float* delta, float* sums)
     {
-        public readonly ushort* DOutput = dOutput, Q = q, K = k, V = v, Output = output, Dq = dq;
-        public readonly float* Sums = sums;
+        public readonly ushort* DOutput = dOutput, Q = q, K = k, V = v;
+        public readonly float* Delta = delta, Sums = sums;
     }
 
     /// <summary>A worker's memory in backward: the gradients of one head's keys and values, and tiles.</summary>
@@ -343,11 +345,7 @@ internal sealed unsafe class FlashKernel
         for (int i = 0; i < Queries; i++)
         {
             at.Lse(tile)[i] = i < count ? x.Sums[(head * _n) + row + i] * VectorMath.Log2E : 0;
-            Vector512<float> along = default;
-            if (i < count)
-                for (int c = 0; c < _width; c += 16)
-                    along += VectorMath.Load(x.DOutput + place + (i * _queryStride) + c) * VectorMath.Load(x.Output + place + (i * _queryStride) + c);
-            at.Along(tile)[i] = Vector512.Sum(along);
+            at.Along(tile)[i] = i < count ? x.Delta[((row + i) * _heads) + head] : 0;
         }
         new Span<float>(at.Dq(tile), _width * Queries).Clear();
     }
@@ -359,7 +357,7 @@ internal sealed unsafe class FlashKernel
         Tiles.Transpose((uint*)at.Dq(tile), Queries, _width, Queries, (uint*)at.Scores, _width);
         for (int i = 0; i < count; i++)
             for (int c = 0; c < _width; c += 16)
-                VectorMath.Store(Vector512.Load(at.Scores + (i * _width) + c), x.Dq + ((row + i) * _queryStride) + ((long)head * _width) + c);
+                VectorMath.Store(Vector512.Load(at.Scores + (i * _width) + c), x.Q + ((row + i) * _queryStride) + ((long)head * _width) + c);
     }
 
     private void BackwardTile(BackwardMemory at, int tile, long first, int count, long from, int length)
