@@ -8,6 +8,9 @@ var root = new RootCommand("Measures MiniSeqMLNet against the plain TorchSharp f
 {
     StepCommand.Create(),
     LongestCommand.Create(),
+    GrowthCommand.Create(),
+    AttentionCommand.Create(),
+    HeadCommand.Create(),
     ReferenceCommand.Create(),
 };
 try
