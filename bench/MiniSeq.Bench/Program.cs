@@ -11,6 +11,7 @@ var root = new RootCommand("Measures MiniSeqMLNet against the plain TorchSharp f
     GrowthCommand.Create(),
     AttentionCommand.Create(),
     HeadCommand.Create(),
+    LossCurveCommand.Create(),
     ReferenceCommand.Create(),
 };
 try

@@ -18,8 +18,6 @@ internal sealed class StepRunner : IDisposable
 
     public StepRunner(Shape shape, Variant variant, ScalarType dtype, bool optimizer, ComputeOptions compute)
     {
-        TensorMemory.KeepFreedMemory(); // the same allocator for every variant
-        if (!TensorMemory.StartCounting()) Console.Error.WriteLine("No exact count of tensor memory on this system: peakTensorBytes is 0.");
         (_shape, _variant, _compute) = (shape, variant, compute);
         random.manual_seed(1);
         _model = new CausalLM(shape.Config, dtype);

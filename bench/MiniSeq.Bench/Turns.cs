@@ -15,8 +15,8 @@ internal static class Turns
     /// <summary>The settings under which all commands measure.</summary>
     public static void Prepare(int threads)
     {
+        TensorMemory.KeepFreedMemory(); // first: MiniSeq.Layers sets how threads wait as it loads, before libtorch does
         if (threads > 0) set_num_threads(threads);
-        TensorMemory.KeepFreedMemory();
         if (!TensorMemory.StartCounting()) Console.Error.WriteLine("No exact count of tensor memory on this system: peaks are 0.");
     }
 

@@ -68,7 +68,7 @@ internal static class Worker
     public static int Run(string json)
     {
         var order = JsonSerializer.Deserialize<Order>(json, s_json)!;
-        if (order.Threads > 0) set_num_threads(order.Threads);
+        Turns.Prepare(order.Threads);
         var outcome = order.Kind switch
         {
             "step" => Step(order),
