@@ -26,7 +26,7 @@ internal sealed class GrowthCommand
             Tokens a second and peak memory (of tensors, beyond weights, gradients and optimizer state) of a training step as the document grows, each
             variant and length in a process of its own. After a step of half a minute the next length is timed without one before it.
             """) { it._lengths, it._limit, it._steps, it._optimizer, it._png, it._json };
-        it._model.AddTo(command, it._model.Lora);
+        it._model.AddTo(command, it._model.VariantNames, it._model.Lora);
         command.SetAction(it.Run);
         return command;
     }
@@ -42,7 +42,7 @@ internal sealed class GrowthCommand
                 foreach (var variant in _model.Variants(p))
                     if (Measure(p, seq, variant, dtype, points) is { } point) points.Add(point);
         Print(points);
-        var json = Report.Json(new { shape = _model.Shape(p), device = Report.Device(), limitMb = p.GetValue(_limit), points });
+        var json = Report.Json(new { shape = _model.Shape(p), device = Report.Device(), limitMb = p.GetValue(_limit), points = points.Select(m => new { m.Name, dtype = m.DType, m.Seq, m.TokensPerSecond, m.PeakTensorBytes, m.Seconds }) });
         Report.Write(p.GetValue(_json), json);
         if (p.GetValue(_png) is { } png) GrowthChart.Save(points, png.FullName);
     }

@@ -40,10 +40,10 @@ internal sealed class LossCurveCommand
         using var start = NewModel();
         var (wide, wideEnd) = Train(start, ScalarType.Float32, train, heldOut, p);
         var (narrow, narrowEnd) = Train(start, ScalarType.BFloat16, train, heldOut, p);
-        var windows = wide.Zip(narrow, (w, n) => new { w.Step, Float32 = w.Loss, BFloat16 = n.Loss, Ratio = n.Loss / w.Loss }).ToList();
+        var windows = wide.Zip(narrow, (w, n) => new { w.Step, Float32 = w.Loss, Bfloat16 = n.Loss, Ratio = n.Loss / w.Loss }).ToList();
         var worst = windows.MaxBy(w => Math.Abs(w.Ratio - 1))!;
         Report.Table(["steps to", "loss float32", "loss bfloat16", "bfloat16 / float32"],
-            windows.Select(w => new[] { Report.Cell(w.Step), Report.Cell(w.Float32, 4), Report.Cell(w.BFloat16, 4), Report.Cell(w.Ratio, 4) }));
+            windows.Select(w => new[] { Report.Cell(w.Step), Report.Cell(w.Float32, 4), Report.Cell(w.Bfloat16, 4), Report.Cell(w.Ratio, 4) }));
         Console.WriteLine($"largest deviation: {Percent(worst.Ratio - 1)}, in the window that ends with step {worst.Step}");
         Console.WriteLine($"held-out loss at the end: float32 {Report.Cell(wideEnd.Loss, 4)}, bfloat16 {Report.Cell(narrowEnd.Loss, 4)}, {Percent((narrowEnd.Loss / wideEnd.Loss) - 1)}");
         Report.Write(p.GetValue(_json), Report.Json(new
@@ -53,7 +53,7 @@ internal sealed class LossCurveCommand
             Documents = train.Count,
             Windows = windows,
             LargestDeviation = Math.Abs(worst.Ratio - 1),
-            HeldOut = new { Float32 = wideEnd.Loss, BFloat16 = narrowEnd.Loss },
+            HeldOut = new { Float32 = wideEnd.Loss, Bfloat16 = narrowEnd.Loss },
         }));
     }
 

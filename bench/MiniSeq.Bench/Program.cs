@@ -9,6 +9,7 @@ var root = new RootCommand("Measures MiniSeqMLNet against the plain TorchSharp f
     StepCommand.Create(),
     LongestCommand.Create(),
     GrowthCommand.Create(),
+    ProfileCommand.Create(),
     AttentionCommand.Create(),
     HeadCommand.Create(),
     LossCurveCommand.Create(),
