@@ -38,7 +38,7 @@ internal sealed class ModelOptions(Shape defaults, string dtype)
     private readonly Option<int> _batch = Options.Number("--batch", 1, "documents of a batch");
     private readonly Option<double> _lossFraction = new("--loss-fraction") { DefaultValueFactory = _ => 1, Description = "share of the positions, at the end, that have a label" };
     private readonly Option<int> _chunk = Options.Chunk();
-    private readonly Option<int> _budget = Options.Number("--budget-mb", 1024, "memory beyond weights, gradients and optimizer state, in MB of 2^20 bytes");
+    private readonly Option<int> _budget = Options.Number("--budget-mb", 1024, "memory beyond weights, gradients and optimizer state, in MB of 2^20 bytes", least: 0);
     private readonly Option<RecomputePolicy> _recompute = new("--recompute") { DefaultValueFactory = _ => RecomputePolicy.Auto, Description = "what mini-sequence computes again in backward; Auto keeps what --budget-mb allows, and nothing where the least memory is sought (longest, growth)" };
     private readonly Option<string[]> _dtype = new("--dtype") { DefaultValueFactory = _ => [dtype], AllowMultipleArgumentsPerToken = true, Description = "float32, bfloat16 or both" };
 
