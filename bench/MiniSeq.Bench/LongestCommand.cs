@@ -17,7 +17,7 @@ internal sealed class LongestCommand
             The longest sequence of each variant within a budget of memory that grows with the sequence, and what a further token costs there:
             (peak at the longest - peak at half of it) / tokens between, beside the bytes of the kept layer inputs, layers x hidden x element.
             """) { it._timed, it._json };
-        it._model.AddTo(command, it._model.Lora);
+        it._model.AddTo(command, it._model.VariantNames, it._model.Lora);
         command.SetAction(it.Run);
         return command;
     }

@@ -38,16 +38,17 @@ internal sealed class ModelOptions(Shape defaults, string dtype)
     private readonly Option<int> _batch = Options.Number("--batch", 1, "documents of a batch");
     private readonly Option<double> _lossFraction = new("--loss-fraction") { DefaultValueFactory = _ => 1, Description = "share of the positions, at the end, that have a label" };
     private readonly Option<int> _chunk = Options.Chunk();
-    private readonly Option<int> _budget = Options.Number("--budget-mb", 1024, "memory beyond weights, gradients and optimizer state, in MB of 2^20 bytes");
+    private readonly Option<int> _budget = Options.Number("--budget-mb", 1024, "memory beyond weights, gradients and optimizer state, in MB of 2^20 bytes", least: 0);
     private readonly Option<RecomputePolicy> _recompute = new("--recompute") { DefaultValueFactory = _ => RecomputePolicy.Auto, Description = "what mini-sequence computes again in backward; Auto keeps what --budget-mb allows, and nothing where the least memory is sought (longest, growth)" };
     private readonly Option<string?> _offload = new("--offload") { Description = "folder where mini-sequence keeps its layer inputs in a temporary file" };
     private readonly Option<string[]> _dtype = new("--dtype") { DefaultValueFactory = _ => [dtype], AllowMultipleArgumentsPerToken = true, Description = "float32, bfloat16 or both" };
-    private readonly Option<string[]> _variants = new("--variants") { DefaultValueFactory = _ => ["plain", "recompute", "mini-sequence"], AllowMultipleArgumentsPerToken = true, Description = "which to run" };
 
     /// <summary>The shape that commands have unless they say otherwise.</summary>
     public static Shape DefaultShape { get; } = new() { Hidden = 2048, Intermediate = 8192, Layers = 4, Heads = 32, KvHeads = 8, Vocab = 128256, Seq = 2048 };
 
     public Option<int> Seq { get; } = Options.Number("--seq", defaults.Seq, "tokens of a document", least: 2);
+
+    public Option<string[]> VariantNames { get; } = new("--variants") { DefaultValueFactory = _ => ["plain", "recompute", "mini-sequence"], AllowMultipleArgumentsPerToken = true, Description = "which to run" };
 
     public Option<int> Lora { get; } = Options.Number("--lora", 0, "rank of a LoRA adapter on all seven projections, trained in place of the weights; 0 trains the weights", least: 0);
 
@@ -55,10 +56,10 @@ internal sealed class ModelOptions(Shape defaults, string dtype)
 
     /// <summary>Puts the options into a command.</summary>
     /// <param name="command">Its own options come first.</param>
-    /// <param name="others">Of <see cref="Seq"/> and <see cref="Lora"/>, those that it has.</param>
+    /// <param name="others">Of <see cref="Seq"/>, <see cref="VariantNames"/> and <see cref="Lora"/>, those that it has.</param>
     public void AddTo(Command command, params Option[] others)
     {
-        foreach (var o in new Option[] { _hidden, _intermediate, _layers, _heads, _kvHeads, _vocab, _batch, _lossFraction, _chunk, _budget, _recompute, _offload, _dtype, _variants, Threads }.Concat(others))
+        foreach (var o in new Option[] { _hidden, _intermediate, _layers, _heads, _kvHeads, _vocab, _batch, _lossFraction, _chunk, _budget, _recompute, _offload, _dtype, Threads }.Concat(others))
             command.Add(o);
     }
 
@@ -78,7 +79,7 @@ internal sealed class ModelOptions(Shape defaults, string dtype)
 
     public string[] DTypes(ParseResult p) => [.. p.GetValue(_dtype)!.SelectMany(d => d.Split(',')).Select(d => Bench.Shape.Name(Bench.Shape.ParseDType(d)))];
 
-    public Variant[] Variants(ParseResult p) => [.. p.GetValue(_variants)!.SelectMany(v => v.Split(',')).Select(ParseVariant)];
+    public Variant[] Variants(ParseResult p) => [.. p.GetValue(VariantNames)!.SelectMany(v => v.Split(',')).Select(ParseVariant)];
 
     public long BudgetBytes(ParseResult p) => (long)p.GetValue(_budget) << 20;
 

@@ -1,5 +1,4 @@
 using System.Diagnostics;
-using MiniSeq.Layers;
 using static TorchSharp.torch;
 
 namespace MiniSeq.Bench;
@@ -13,7 +12,6 @@ internal static class ProductRates
     /// <summary>The best of forward, dX and dW of the MLP and the head at several rows: FLOP/s in 10^9, and which product it was.</summary>
     public static (double Gflops, string Name) Fastest(Shape shape, ScalarType dtype)
     {
-        TensorMemory.KeepFreedMemory();
         using var noGrad = no_grad();
         (double Gflops, string Name) best = default;
         foreach (var (name, columns, counts) in new[] { ("MLP", shape.Intermediate, new[] { 256, 512, 1024, 2048 }), ("head", shape.Vocab, [256, 1024]) })

@@ -8,6 +8,11 @@ var root = new RootCommand("Measures MiniSeqMLNet against the plain TorchSharp f
 {
     StepCommand.Create(),
     LongestCommand.Create(),
+    GrowthCommand.Create(),
+    ProfileCommand.Create(),
+    AttentionCommand.Create(),
+    HeadCommand.Create(),
+    LossCurveCommand.Create(),
     OptimizerCommand.Create(),
     ReferenceCommand.Create(),
 };

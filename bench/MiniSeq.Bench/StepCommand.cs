@@ -21,7 +21,7 @@ internal sealed class StepCommand
 
             {ModelFlops.Formula}
             """) { it._rounds, it._steps, it._optimizer, it._json };
-        it._model.AddTo(command, it._model.Seq, it._model.Lora);
+        it._model.AddTo(command, it._model.Seq, it._model.VariantNames, it._model.Lora);
         command.SetAction(it.Run);
         return command;
     }

@@ -18,8 +18,6 @@ internal sealed class StepRunner : IDisposable
 
     public StepRunner(Shape shape, Variant variant, ScalarType dtype, bool optimizer, ComputeOptions compute)
     {
-        TensorMemory.KeepFreedMemory(); // the same allocator for every variant
-        if (!TensorMemory.StartCounting()) Console.Error.WriteLine("No exact count of tensor memory on this system: peakTensorBytes is 0.");
         (_shape, _variant, _compute) = (shape, variant, compute);
         random.manual_seed(1);
         _model = new CausalLM(shape.Config, dtype);
@@ -47,14 +45,21 @@ internal sealed class StepRunner : IDisposable
     /// <summary>The same, as resident memory of the process, with the libraries.</summary>
     public long BaseResidentBytes { get; }
 
+    public CausalLM Model => _model;
+
     /// <summary>One whole training step; the mean loss.</summary>
     public double Step(IReadOnlyList<TokenSequence> documents)
     {
         ZeroGradients();
         double loss = ForwardBackward(documents);
-        _optimizer?.Step(1e-4);
+        Update();
         return loss;
     }
+
+    /// <summary>The norm of all gradients, which are scaled down to 1.</summary>
+    public void Clip() => _optimizer?.ClipGradNorm(1);
+
+    public void Update() => _optimizer?.Step(1e-4);
 
     /// <summary>
     /// Largest bytes of tensors in a forward and backward over a length, over those of two tokens: what grows with the sequence.
@@ -85,7 +90,8 @@ internal sealed class StepRunner : IDisposable
         return TensorMemory.PeakBytes - BaseTensorBytes;
     }
 
-    private double ForwardBackward(IReadOnlyList<TokenSequence> documents)
+    /// <summary>The mean loss; gradients are added up.</summary>
+    public double ForwardBackward(IReadOnlyList<TokenSequence> documents)
     {
         using var scope = NewDisposeScope();
         long targets = documents.Sum(d => d.TargetCount);
@@ -101,7 +107,7 @@ internal sealed class StepRunner : IDisposable
         return sum.to(ScalarType.Float64).item<double>() / targets;
     }
 
-    private void ZeroGradients()
+    public void ZeroGradients()
     {
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();

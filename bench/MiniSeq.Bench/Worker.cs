@@ -11,13 +11,14 @@ namespace MiniSeq.Bench;
 /// <param name="Shape">Model and batch.</param>
 /// <param name="Variant">Which of the three.</param>
 /// <param name="DType">float32 or bfloat16.</param>
-/// <param name="Steps">Steps to time, after one that is not.</param>
+/// <param name="Steps">Steps to time.</param>
 /// <param name="Optimizer">Whether AdamW is part of a step.</param>
 /// <param name="BudgetBytes">For longest.</param>
 /// <param name="Compute">Options of mini-sequence.</param>
 /// <param name="Threads">Threads of libtorch; 0 leaves its own choice.</param>
 /// <param name="Timed">For longest: whether a step at it is timed.</param>
-internal sealed record Order(string Kind, Shape Shape, Variant Variant, string DType, int Steps, bool Optimizer, long BudgetBytes, ComputeOptions Compute, int Threads, bool Timed = false);
+/// <param name="WarmUp">For step: whether a first step is not timed.</param>
+internal sealed record Order(string Kind, Shape Shape, Variant Variant, string DType, int Steps, bool Optimizer, long BudgetBytes, ComputeOptions Compute, int Threads, bool Timed = false, bool WarmUp = true);
 
 /// <summary>What a process reports.</summary>
 internal sealed record Outcome
@@ -67,7 +68,7 @@ internal static class Worker
     public static int Run(string json)
     {
         var order = JsonSerializer.Deserialize<Order>(json, s_json)!;
-        if (order.Threads > 0) set_num_threads(order.Threads);
+        Turns.Prepare(order.Threads);
         var outcome = order.Kind switch
         {
             "step" => Step(order),
@@ -83,11 +84,11 @@ internal static class Worker
     {
         using var runner = new StepRunner(order.Shape, order.Variant, Shape.ParseDType(order.DType), order.Optimizer, order.Compute);
         var documents = order.Shape.Documents(order.Shape.Seq);
-        runner.Step(documents); // code, threads and heap
+        if (order.WarmUp) runner.Step(documents); // code, threads and heap
         TensorMemory.ResetPeak();
         var seconds = new double[order.Steps];
         double loss = 0;
-        for (int i = 0; i < seconds.Length; i++) seconds[i] = Seconds(() => loss = runner.Step(documents));
+        for (int i = 0; i < seconds.Length; i++) seconds[i] = Turns.Seconds(() => loss = runner.Step(documents));
         return new Outcome
         {
             Seconds = seconds,
@@ -128,15 +129,8 @@ internal static class Worker
             PeakTensorBytes = fits.Peak,
             BaseBytes = runner.BaseTensorBytes,
             BytesPerToken = fits.Seq < 4 ? 0 : (double)(fits.Peak - runner.GrowingTensorBytes(fits.Seq / 2)) / (fits.Seq - (fits.Seq / 2)) / order.Shape.Batch,
-            Seconds = order.Timed && fits.Seq > 0 ? [Seconds(() => runner.Step(order.Shape.Documents(fits.Seq)))] : [],
+            Seconds = order.Timed && fits.Seq > 0 ? [Turns.Seconds(() => runner.Step(order.Shape.Documents(fits.Seq)))] : [],
         };
-    }
-
-    private static double Seconds(Action run)
-    {
-        var clock = Stopwatch.StartNew();
-        run();
-        return clock.Elapsed.TotalSeconds;
     }
 
     private static Outcome Gemm(Order order)
