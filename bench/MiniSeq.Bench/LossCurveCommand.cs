@@ -10,7 +10,7 @@ namespace MiniSeq.Bench;
 /// <summary>The command <c>loss-curve</c>.</summary>
 internal sealed class LossCurveCommand
 {
-    private const string Folder = "samples/LongDocumentSummarization/data", PromptTemplate = "{input}\n\nSummary:\n"; // the sample's, and the ML.NET pipeline's
+    internal const string Folder = "samples/LongDocumentSummarization/data", PromptTemplate = "{input}\n\nSummary:\n"; // the sample's, and the ML.NET pipeline's
     private const int HeldOutEvery = 7, HeldOutAt = 3;
 
     private readonly Option<string> _data = new("--data") { DefaultValueFactory = _ => Folder + "/sqlite_docs.jsonl", Description = "one JSON object a line, with document and summary" };
@@ -35,7 +35,7 @@ internal sealed class LossCurveCommand
     private void Run(ParseResult p)
     {
         Turns.Prepare(p.GetValue(_threads));
-        var encoder = new DocumentEncoder(HuggingFaceTokenizer.FromPretrained(p.GetValue(_tokenizer)!), PromptTemplate, p.GetValue(_maxLength));
+        var encoder = Encoder(p.GetValue(_tokenizer)!, p.GetValue(_maxLength));
         var (train, heldOut) = Read(p.GetValue(_data)!, encoder);
         using var start = NewModel();
         var (wide, wideEnd) = Train(start, ScalarType.Float32, train, heldOut, p);
@@ -56,6 +56,8 @@ internal sealed class LossCurveCommand
             HeldOut = new { Float32 = wideEnd.Loss, Bfloat16 = narrowEnd.Loss },
         }));
     }
+
+    internal static DocumentEncoder Encoder(string tokenizer, int maxLength) => new(HuggingFaceTokenizer.FromPretrained(tokenizer), PromptTemplate, maxLength);
 
     // The sample's.
     private static CausalLM NewModel()
@@ -83,7 +85,7 @@ internal sealed class LossCurveCommand
         return (reports.Windows, result.FinalEvaluation!);
     }
 
-    private static (List<TokenSequence> Train, List<TokenSequence> HeldOut) Read(string path, DocumentEncoder encoder)
+    internal static (List<TokenSequence> Train, List<TokenSequence> HeldOut) Read(string path, DocumentEncoder encoder)
     {
         if (!File.Exists(path)) throw new FileNotFoundException($"There is no data at '{path}': run in the repository, or give --data and --tokenizer.", path);
         var (train, heldOut) = (new List<TokenSequence>(), new List<TokenSequence>());

@@ -13,6 +13,7 @@ var root = new RootCommand("Measures MiniSeqMLNet against the plain TorchSharp f
     AttentionCommand.Create(),
     HeadCommand.Create(),
     LossCurveCommand.Create(),
+    FilterCommand.Create(),
     OptimizerCommand.Create(),
     ReferenceCommand.Create(),
 };

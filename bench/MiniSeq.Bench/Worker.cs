@@ -72,6 +72,7 @@ internal static class Worker
         var outcome = order.Kind switch
         {
             "step" => Step(order),
+            "longest" when order.Variant == Variant.MiniSequence => LongestOnLine(order),
             "longest" => Longest(order),
             "gemm" => Gemm(order),
             _ => throw new ArgumentException($"Unknown order '{order.Kind}'."),
@@ -99,15 +100,46 @@ internal static class Worker
         };
     }
 
-    // The peak is close to a line in the length: two short runs give a guess (mini-sequence's own plan a better one), a few more close in
-    // on the edge of the budget.
+    // A long run takes minutes: two shorter ones give the line on which its peak lies, and one at its end, a hundredth below, shows that it fits.
+    private static Outcome LongestOnLine(Order order)
+    {
+        using var runner = new StepRunner(order.Shape, order.Variant, Shape.ParseDType(order.DType), optimizer: false, order.Compute);
+        int planned = Math.Max(16, runner.PlannedLongest(order.BudgetBytes)), seq = planned / 4;
+        long first = Peak(planned / 8), second = Peak(seq), peak;
+        double slope = Math.Max(1, (double)(second - first) / (seq - (planned / 8))), seconds;
+        int longest = (int)(0.99 * (seq + ((order.BudgetBytes - second) / slope)));
+        for (; ; longest -= 1 + (longest / 100) + (int)((peak - order.BudgetBytes) / slope))
+        {
+            if (longest < 2) return new Outcome { BaseBytes = runner.BaseTensorBytes };
+            peak = 0;
+            seconds = Turns.Seconds(() => peak = Peak(longest));
+            if (peak <= order.BudgetBytes) break;
+        }
+        return new Outcome
+        {
+            Longest = longest,
+            PeakTensorBytes = peak,
+            BaseBytes = runner.BaseTensorBytes,
+            BytesPerToken = (double)(peak - second) / (longest - seq) / order.Shape.Batch,
+            Seconds = order.Timed ? [seconds] : [],
+        };
+
+        long Peak(int length)
+        {
+            long bytes = runner.GrowingTensorBytes(length);
+            Console.WriteLine($"  {Shape.Name(order.Variant)} {order.DType}: {length} tokens, {bytes / 1e6:F0} MB");
+            return bytes;
+        }
+    }
+
+    // The peak is close to a line in the length: two short runs give a guess, a few more close in on the edge of the budget.
     private static Outcome Longest(Order order)
     {
         const int First = 64;
         using var runner = new StepRunner(order.Shape, order.Variant, Shape.ParseDType(order.DType), optimizer: false, order.Compute);
         var (fits, over) = ((Seq: 0, Peak: 0L), (Seq: int.MaxValue, Peak: 0L));
         var previous = (Seq: First, Peak: runner.GrowingTensorBytes(First));
-        int next = order.Variant == Variant.MiniSequence ? runner.PlannedLongest(order.BudgetBytes) : 4 * First;
+        int next = 4 * First;
         while (over.Seq - fits.Seq > Math.Max(1, fits.Seq / 50))
         {
             long peak = runner.GrowingTensorBytes(next);

@@ -180,6 +180,14 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
     /// <summary>x [.., d] of ids [..]. Recorded where gradients are on.</summary>
     internal Tensor Embed(Tensor ids) => Config.ScaleEmbeddings ? _embedding.forward(ids).mul_(_embeddingScale) : _embedding.forward(ids);
 
+    /// <summary>What the head reads, [rows, d]: the last layer's output under the last norm. Records no graph.</summary>
+    internal Tensor HeadInput(TokenBatch batch, ComputeOptions? options = null)
+    {
+        using var scope = NewDisposeScope();
+        using var noGrad = no_grad();
+        return _norm.forward(Hidden(batch, options ?? new ComputeOptions(), default)).MoveToOuterDisposeScope();
+    }
+
     /// <summary>Logits [.., V] of the last layer's output [.., d]. Recorded where gradients are on.</summary>
     internal Tensor Logits(Tensor x)
     {
