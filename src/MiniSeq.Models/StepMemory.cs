@@ -1,0 +1,120 @@
+using MiniSeq.Layers;
+using TorchSharp;
+using static TorchSharp.torch;
+
+namespace MiniSeq.Models;
+
+/// <summary>
+/// What <see cref="CausalLM.ForwardBackward"/> holds at each stage of backward, in bytes. Forward needs no stage: whatever it holds at a layer, the
+/// backward of that layer holds, too, and the gradient besides.
+/// </summary>
+/// <remarks>Written S rows, r rows whose output is wanted (all but in the last layer), c rows of a chunk, d hidden, I intermediate, V vocabulary, Q and K the widths of all query and key heads.</remarks>
+internal sealed class StepMemory
+{
+    private readonly DecoderConfig _config;
+    private readonly BatchShape _batch;
+    private readonly bool _offload;
+    private readonly long _element; // bytes
+    private readonly long _wide;    // the same in float32 or better
+    private readonly long _d;
+    private readonly long _queries;
+    private readonly long _keys;
+
+    public StepMemory(DecoderConfig config, BatchShape batch, ScalarType dtype, int chunkSize, LoraConfig? adapter, bool offload)
+    {
+        (_config, _batch, _offload, DType) = (config, batch, offload, dtype);
+        (_element, _wide) = (dtype.ElementSize(), Gradients.AccumulationType(dtype).ElementSize());
+        (_d, _queries, _keys) = (config.HiddenSize, (long)config.NumAttentionHeads * config.HeadDim, (long)config.NumKeyValueHeads * config.HeadDim);
+        Parameters = new ParameterCounts(config, dtype, adapter);
+        ChunkRows = Chunking.Rows(chunkSize, batch.Rows, config.IntermediateSize, dtype);
+        LogitRows = Chunking.LogitRows(chunkSize, Math.Max(1, batch.Targets), config.VocabSize, dtype);
+    }
+
+    public ScalarType DType { get; }
+
+    public ParameterCounts Parameters { get; }
+
+    public long ChunkRows { get; }
+
+    public long LogitRows { get; }
+
+    /// <summary>From the head over the layers to the embedding.</summary>
+    public IEnumerable<StepStage> Stages(IReadOnlyList<RecomputePolicy> policies)
+    {
+        long kept = (_offload ? Input : 0) + Enumerable.Range(0, policies.Count).Sum(l => Kept(l, policies[l]));
+        yield return new(Parameters.Head, Always + kept + Head);
+        for (int l = policies.Count - 1; l >= 0; l--)
+        {
+            yield return new(l + 1, Always + kept + Backward(l, policies[l]));
+            kept -= Kept(l, policies[l]);
+        }
+        yield return new(0, Always + Embedding);
+    }
+
+    private long Input => _batch.Rows * _d * _element;
+
+    // Ids, positions and targets of all rows; where the targets are, in two forms, and their labels; the wanted rows; the rotary tables.
+    private long Always => sizeof(long) * ((3 * _batch.Rows) + (3 * _batch.Targets) + (_batch.WantedRows < _batch.Rows ? _batch.WantedRows : 0)) + (_batch.LongestDocument * _config.HeadDim * _element);
+
+    private long RowsOf(int layer) => layer == _config.NumHiddenLayers - 1 ? _batch.WantedRows : _batch.Rows;
+
+    private long LogSumExp(long rows) => rows * _config.NumAttentionHeads * _wide;
+
+    private long Heads(long rows) => ((rows * _queries) + (2 * _batch.Rows * _keys)) * _element; // q, k, v, or their gradients
+
+    // What a layer keeps from forward.
+    private long Kept(int layer, RecomputePolicy policy)
+    {
+        long r = RowsOf(layer);
+        long attention = (r * _queries * _element) + LogSumExp(r);
+        return (_offload ? 0 : Input) + policy switch
+        {
+            RecomputePolicy.Full => 0,
+            RecomputePolicy.KeepAttention => attention,
+            _ => Heads(r) + attention + (r * (_d + (2L * _config.IntermediateSize)) * _element), // the residual, gate and up
+        };
+    }
+
+    // The last layer's output and its gradient, and a chunk: its rows, their norm and gradient, the logits.
+    private long Head => (2 * _batch.WantedRows * _d * _element) + (LogitRows * ((3 * _d) + _config.VocabSize) * _element)
+        + Math.Max(Scratch.Softmax(LogitRows, _config, DType), Parameters.IsAdapted ? 0 : Scratch.Product(_config.VocabSize, _d, DType));
+
+    // The gradient of a layer's output turns into that of its input. Three phases, each of which may hold most.
+    private long Backward(int layer, RecomputePolicy policy)
+    {
+        long r = RowsOf(layer), c = Math.Min(ChunkRows, r);
+        bool partly = r < _batch.Rows;
+        long output = r * _queries * _element;
+        long recomputed = policy switch
+        {
+            RecomputePolicy.Full => Heads(r) + output + LogSumExp(r),
+            RecomputePolicy.KeepAttention => Heads(r),
+            _ => 0,
+        };
+        long own = partly ? 2 * r * _d * _element : 0; // the wanted rows of the input, picked out twice
+        long mlp = recomputed + own + output + MlpChunk(c, policy == RecomputePolicy.None);
+        long attention = recomputed + own + output + Heads(r) + AttentionScratch(layer, r);
+        long heads = Heads(r) + own + (partly ? Input : 0) + HeadsChunk(Math.Max(c, Math.Min(ChunkRows, _batch.Rows)));
+        return (r * _d * _element) + Math.Max(mlp, Math.Max(attention, heads));
+    }
+
+    // Gate, up and three of their gradients (kept gate and up are no part of the chunk); the residual, its norm and the gradient of that.
+    private long MlpChunk(long c, bool kept) => (c * ((kept ? 3L : 5) * _config.IntermediateSize * _element)) + (c * (_config.PostNorms ? 5 : 3) * _d * _element)
+        + Weight(_config.IntermediateSize);
+
+    // Rows and their norm's gradient, a projection with its own norm; then a norm goes back.
+    private long HeadsChunk(long c) => (c * ((2 * _d) + _queries) * _element) + (c * (_config.QkNorm ? Math.Max(_d, _queries) : _d) * Scratch.NormBackward(DType)) + Weight(_queries);
+
+    // Beside a product with a weight [width, d]: what accumulating its gradient takes, or the adapter's matrices in the type of the rows.
+    private long Weight(long width) => Parameters.IsAdapted ? 2 * Parameters.Trained(1) / 7 * _element : Scratch.Product(width, _d, DType);
+
+    private long AttentionScratch(int layer, long r)
+    {
+        long packed = _batch.Documents > 1 ? _batch.LongestDocument * (_queries + (2 * _keys)) * _element : 0; // one document's, before they are placed among all
+        if (_config.AttnLogitSoftcapping is not null || _config.WindowOf(layer) < _batch.LongestDocument) return packed + Scratch.Tiles(_config, _batch, DType);
+        return packed + Math.Max(Scratch.Flash(DType), r < _batch.Rows ? Heads(r) : 0); // of the keys before the wanted rows and of theirs, before they are one
+    }
+
+    // The gradient of the embeddings, which the weight's takes in its own type.
+    private long Embedding => Input + (Parameters.IsAdapted || _wide == _element ? 0 : _batch.Rows * _d * _wide);
+}
