@@ -35,7 +35,7 @@ step.SetAction(p => Finish(p, Make(p).RunSteps()));
 var longest = new Command("longest", "The longest sequence of each variant within a budget of memory that grows with the sequence.");
 foreach (var o in shared) longest.Add(o);
 longest.SetAction(p => Finish(p, Make(p).RunLongest((long)p.GetValue(budget) << 20)));
-var root = new RootCommand("Measures MiniSeqMLNet against the plain TorchSharp forms, and checks it against reference numbers.") { step, longest, ReferenceCommand.Create() };
+var root = new RootCommand("Measures MiniSeqMLNet against the plain TorchSharp forms, and checks it against reference numbers.") { step, longest, ReferenceCommand.Create(), PlanCommand.Create() };
 try
 {
     var parsed = root.Parse(args);
