@@ -10,8 +10,8 @@ internal static class Scratch
     private const long ProductBytes = 16 << 20;    // of a block in Gradients.AddProduct
     private const long FewestProductRows = 256;
     private const long SoftmaxBytes = 8 << 20;     // of a block in LinearCrossEntropy
-    private const long FlashBytes = 1 << 20;       // of one thread of libtorch's flash kernel in backward: two tiles of 256 x 512 in float32
-    private const long FlashNarrowBytes = 2 << 20; // the same for 16-bit types, with their copies: 1.8 MiB measured
+    private const double FlashTilesHeld = 2, FlashNarrowTilesHeld = 3.63; // float32 tiles of one thread of libtorch's flash kernel in backward; the latter, of 16-bit types, measured
+    private const long FlashKeys = 512;
     private const double TilesHeld = 2, NarrowTilesHeld = 3.5, QueryBlocksHeld = 7; // of TiledAttention in backward, measured
 
     /// <summary>Of accumulating the gradient of a weight [m, n]: a block of the product in 16 bits, and again in float32 to be added.</summary>
@@ -36,17 +36,36 @@ internal static class Scratch
         return wide == element ? 5 * wide : (7 * wide) + element;
     }
 
-    /// <summary>Of the flash kernel's backward.</summary>
-    public static long Flash(ScalarType dtype) => get_num_threads() * (dtype.ElementSize() < sizeof(float) ? FlashNarrowBytes : FlashBytes);
+    /// <summary>Of summing up a bias's gradient: its rows in float32, where they are not.</summary>
+    public static long Bias(long rows, long width, ScalarType dtype)
+    {
+        long wide = Gradients.AccumulationType(dtype).ElementSize();
+        return wide == dtype.ElementSize() ? 0 : rows * width * wide;
+    }
+
+    /// <summary>Of the flash kernel's backward. Its tiles are smaller for few queries.</summary>
+    public static long Flash(long queries, long keys, ScalarType dtype)
+    {
+        long wide = Gradients.AccumulationType(dtype).ElementSize();
+        long tile = (queries >= 768 ? 256 : queries >= 192 ? 64 : 32) * Math.Min(keys, FlashKeys) * wide;
+        return (long)(get_num_threads() * tile * (wide == dtype.ElementSize() ? FlashTilesHeld : FlashNarrowTilesHeld));
+    }
 
     /// <summary>Of attention in tiles, backward: tiles of scores and their gradients, blocks of queries, and the gradients of k and v in float32 until they are done.</summary>
-    public static long Tiles(DecoderConfig config, BatchShape batch, ScalarType dtype)
+    /// <param name="config">The model.</param>
+    /// <param name="queries">Wanted rows of a document.</param>
+    /// <param name="length">All of its rows.</param>
+    /// <param name="window">Tokens that a token sees; null is all before it.</param>
+    /// <param name="dtype">Type of q, k and v.</param>
+    public static long Tiles(DecoderConfig config, long queries, long length, long? window, ScalarType dtype)
     {
         long element = dtype.ElementSize(), wide = Gradients.AccumulationType(dtype).ElementSize();
-        long queries = Math.Min(batch.LongestDocument, Attention.TileQueries), keys = Math.Min(batch.LongestDocument, Attention.TileKeys);
+        long Numbers(long rows, long end) => rows * Math.Min(Attention.TileKeys, Math.Min(end, (window ?? end) + rows)); // of a tile whose queries end there
+        long rest = queries % Attention.TileQueries, whole = queries < Attention.TileQueries ? 0 : Attention.TileQueries;
         double tiles = (wide == element ? TilesHeld : NarrowTilesHeld) + (config.AttnLogitSoftcapping is null ? 0 : 1);
-        double working = ((tiles * keys) + (QueryBlocksHeld * config.HeadDim)) * queries * config.NumAttentionHeads * wide;
-        long keysValues = 2L * batch.LongestDocument * config.NumKeyValueHeads * config.HeadDim;
+        double scores = tiles * Math.Max(Numbers(whole, length - rest), Numbers(rest, length));
+        double working = (scores + (QueryBlocksHeld * Math.Max(whole, rest) * config.HeadDim)) * config.NumAttentionHeads * wide;
+        long keysValues = 2L * length * config.NumKeyValueHeads * config.HeadDim;
         return wide == element ? (long)working : (keysValues * (wide - element)) + Math.Max((long)working, keysValues * element);
     }
 }

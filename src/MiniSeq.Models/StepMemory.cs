@@ -94,25 +94,34 @@ internal sealed class StepMemory
         long own = partly ? 2 * r * _d * _element : 0; // the wanted rows of the input, picked out twice
         long mlp = recomputed + own + output + MlpChunk(c, policy == RecomputePolicy.None);
         long attention = recomputed + own + output + Heads(r) + AttentionScratch(layer, r);
-        long heads = Heads(r) + own + (partly ? Input : 0) + HeadsChunk(Math.Max(c, Math.Min(ChunkRows, _batch.Rows)));
+        long heads = Heads(r) + own + Math.Max(HeadsChunk(c, _queries), partly ? Input + HeadsChunk(ChunkRows, _keys) : 0);
         return (r * _d * _element) + Math.Max(mlp, Math.Max(attention, heads));
     }
 
-    // Gate, up and three of their gradients (kept gate and up are no part of the chunk); the residual, its norm and the gradient of that.
-    private long MlpChunk(long c, bool kept) => (c * ((kept ? 3L : 5) * _config.IntermediateSize * _element)) + (c * (_config.PostNorms ? 5 : 3) * _d * _element)
-        + Weight(_config.IntermediateSize);
+    // The residual, its norm and the gradient of that; at the last product gate, up and three of their gradients (kept gate and up are no part of the
+    // chunk), and then, when these are gone, a norm goes back; a norm behind the MLP while gate and up are there.
+    private long MlpChunk(long c, bool kept)
+    {
+        long products = (c * (kept ? 3L : 5) * _config.IntermediateSize * _element) + Weight(_config.IntermediateSize, _config.MlpBias ? c : 0);
+        long norm = c * ((_d * Scratch.NormBackward(DType)) + (_config.PostNorms && !kept ? 2L * _config.IntermediateSize * _element : 0));
+        return (c * (_config.PostNorms ? 5 : 3) * _d * _element) + Math.Max(products, norm);
+    }
 
-    // Rows and their norm's gradient, a projection with its own norm; then a norm goes back.
-    private long HeadsChunk(long c) => (c * ((2 * _d) + _queries) * _element) + (c * (_config.QkNorm ? Math.Max(_d, _queries) : _d) * Scratch.NormBackward(DType)) + Weight(_queries);
+    // The norm of the rows and its gradient, and heads before their own norm; then a norm goes back, or a weight's gradient is accumulated.
+    private long HeadsChunk(long c, long width) => (c * ((2 * _d) + (_config.QkNorm ? width : 0)) * _element)
+        + Math.Max(c * (_config.QkNorm ? Math.Max(_d, width) : _d) * Scratch.NormBackward(DType), Weight(width, _config.QkvBias ? c : 0));
 
-    // Beside a product with a weight [width, d]: what accumulating its gradient takes, or the adapter's matrices in the type of the rows.
-    private long Weight(long width) => Parameters.IsAdapted ? 2 * Parameters.Trained(1) / 7 * _element : Scratch.Product(width, _d, DType);
+    // Beside a product with a weight [width, d]: what accumulating its gradient takes, and its bias's from so many rows; or the adapter's matrices in the type of the rows.
+    private long Weight(long width, long biasRows) => Parameters.IsAdapted ? 2 * Parameters.Trained(1) / 7 * _element : Math.Max(Scratch.Product(width, _d, DType), Scratch.Bias(biasRows, width, DType));
 
     private long AttentionScratch(int layer, long r)
     {
-        long packed = _batch.Documents > 1 ? _batch.LongestDocument * (_queries + (2 * _keys)) * _element : 0; // one document's, before they are placed among all
-        if (_config.AttnLogitSoftcapping is not null || _config.WindowOf(layer) < _batch.LongestDocument) return packed + Scratch.Tiles(_config, _batch, DType);
-        return packed + Math.Max(Scratch.Flash(DType), r < _batch.Rows ? Heads(r) : 0); // of the keys before the wanted rows and of theirs, before they are one
+        long length = _batch.LongestDocument, queries = Math.Max(1, r * length / _batch.Rows); // its share of the wanted rows
+        long one = ((queries * _queries) + (2 * length * _keys)) * _element;
+        long packed = _batch.Documents > 1 ? one : 0; // one document's gradients, before they are placed among all
+        if (_config.AttnLogitSoftcapping is not null || _config.WindowOf(layer) < length)
+            return packed + Scratch.Tiles(_config, queries, length, _config.WindowOf(layer), DType);
+        return packed + Math.Max(Scratch.Flash(queries, length, DType), r < _batch.Rows ? one : 0); // of the keys before the wanted rows and of theirs, before they are one
     }
 
     // The gradient of the embeddings, which the weight's takes in its own type.
