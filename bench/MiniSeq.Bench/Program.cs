@@ -15,6 +15,7 @@ var root = new RootCommand("Measures MiniSeqMLNet against the plain TorchSharp f
     LossCurveCommand.Create(),
     FilterCommand.Create(),
     OptimizerCommand.Create(),
+    PlanCommand.Create(),
     ReferenceCommand.Create(),
 };
 try

@@ -106,10 +106,11 @@ public sealed class CausalLM : nn.Module<Tensor, Tensor>
         using var noGrad = no_grad();
         var targets = Targets(batch);
         if (targets.numel() == 0) return new TokenLoss(zeros([], ScalarType.Float64).MoveToOuterDisposeScope(), 0);
-        var plan = new MemoryPlan(Config, batch.RowCount, targets.numel(), DType, options, Device);
+        var wanted = WantedRows.From(targets, batch.Lengths);
+        var shape = new BatchShape(batch.RowCount, targets.numel(), wanted?.Rows.numel() ?? batch.RowCount, batch.Lengths.Max(), batch.Lengths.Count);
+        var plan = new MemoryPlan(Config, shape, DType, options, new TrainingMemory { Adapter = Adapter }, device: Device);
         DropoutRows? dropout = Adapter is { LoraDropout: > 0 } && training ? DropoutRows.NewPass() : null;
         var rows = Rows(batch, plan.ChunkRows) with { Dropout = dropout };
-        var wanted = WantedRows.From(targets, batch.Lengths);
         using var store = OffloadStore.Create(options.OffloadFolder, (long)_layers.Length * batch.RowCount * Config.HiddenSize * DType.ElementSize(), Device);
         var records = new Stack<LayerRecord>();
         try

@@ -119,7 +119,7 @@ public static class LoraExtensions
 
     // In the order of the names: a module's number, and with it its mask, is then the same in every run.
     private static List<Target> Targets(LoraConfig config, CausalLM model) =>
-        [.. Modules(model, "", []).Where(m => config.TargetModules.Any(t => Matches(m.Name, t)) && IsTransformed(m.Name, config))
+        [.. Modules(model, "", []).Where(m => IsTarget(m.Name, config))
             .Select(m => TargetOf(m.Name, m.Module, config.R)).OfType<Target>().OrderBy(t => t.Name, StringComparer.Ordinal)];
 
     // Depth first, each module under its first name: TorchSharp registers private fields, too, under theirs.
@@ -132,6 +132,9 @@ public static class LoraExtensions
         TokenEmbedding { Weight: var e } embedding => new Target(name, embedding, "lora_embedding_", [r, e.size(0)], [e.size(1), r]),
         _ => null,
     };
+
+    /// <summary>Whether a module gets an adapter, if it is one that can have one.</summary>
+    internal static bool IsTarget(string module, LoraConfig config) => config.TargetModules.Any(t => Matches(module, t)) && IsTransformed(module, config);
 
     private static bool Matches(string module, string target) => module == target || module.EndsWith("." + target, StringComparison.Ordinal);
 

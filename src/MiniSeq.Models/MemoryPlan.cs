@@ -33,76 +33,84 @@ public sealed record ComputeOptions(int ChunkSize = Chunking.Auto, RecomputePoli
     double? GradientFilter = null);
 
 /// <summary>The memory of one training step as a formula of its shape, and what each layer keeps under it.</summary>
+/// <remarks>
+/// Held against measured peaks by the tests and by <c>dotnet run -c Release --project bench/MiniSeq.Bench -- plan</c>: within 10%. Counts tensors, as
+/// <see cref="TensorMemory"/> does: not the process, nor scratch space inside libtorch's matrix products.
+/// </remarks>
 public sealed class MemoryPlan
 {
-    private const long FlashScratchBytes = 2 << 20; // buffers of the flash kernel's threads, measured
-    private const int MlpIntermediates = 5;             // gate, up and three of their gradients at once
+    private const long MostBudgetBytes = 1L << 50; // no formula overflows below it
 
-    private readonly DecoderConfig _config;
-    private readonly long _rows;
-    private readonly long _element;
+    private readonly StepMemory _step;
+    private readonly TrainingMemory _training;
     private readonly RecomputePolicy[] _layers;
-    private readonly bool _offloads; // no layer's input is kept but that of the layer at work
 
-    /// <summary>The plan of a step.</summary>
+    /// <summary>The plan of a step of full training over one document.</summary>
     /// <param name="config">The model.</param>
-    /// <param name="rows">Tokens of the batch.</param>
-    /// <param name="targets">Labels that count.</param>
-    /// <param name="dtype">Type of the computation.</param>
+    /// <param name="rows">Tokens of the document.</param>
+    /// <param name="targets">Labels that count, at its end.</param>
+    /// <param name="dtype">Type of the weights and of the computation.</param>
     /// <param name="options">Chunk size, policy and budget.</param>
     /// <param name="device">Where it runs; null is the CPU.</param>
     public MemoryPlan(DecoderConfig config, long rows, long targets, ScalarType dtype, ComputeOptions options, Device? device = null)
+        : this(config, BatchShape.Document(rows, targets), dtype, options, device: device)
     {
-        (_config, _rows, _element) = (config, rows, dtype.ElementSize());
-        ChunkRows = Chunking.Rows(options.ChunkSize, rows, config.IntermediateSize, dtype);
-        LogitRows = Chunking.LogitRows(options.ChunkSize, Math.Max(1, targets), config.VocabSize, dtype);
-        _offloads = options.OffloadFolder is not null;
+    }
+
+    /// <summary>The plan of a step.</summary>
+    /// <param name="config">The model.</param>
+    /// <param name="batch">The documents.</param>
+    /// <param name="dtype">Type of the weights and of the computation.</param>
+    /// <param name="options">Chunk size, policy and budget.</param>
+    /// <param name="training">What is trained and how; null is full training with AdamW in float32.</param>
+    /// <param name="device">Where it runs; null is the CPU.</param>
+    /// <exception cref="ArgumentOutOfRangeException">No row, more targets than rows, or a negative chunk size.</exception>
+    public MemoryPlan(DecoderConfig config, BatchShape batch, ScalarType dtype, ComputeOptions options, TrainingMemory? training = null, Device? device = null)
+    {
+        batch.Validate();
+        _training = training ?? new TrainingMemory();
+        _step = new StepMemory(config, batch, dtype, options, _training.Adapter, device);
         _layers = new RecomputePolicy[config.NumHiddenLayers];
         Array.Fill(_layers, options.Recompute == RecomputePolicy.Auto ? RecomputePolicy.Full : options.Recompute);
-        if (options.Recompute == RecomputePolicy.Auto) Fill(options.MemoryBudgetBytes ?? (_offloads ? 0 : DefaultBudget(device)));
+        if (options.Recompute == RecomputePolicy.Auto) Fill(options.MemoryBudgetBytes ?? (options.OffloadFolder is null ? DefaultBudget(device) : 0));
     }
 
     /// <summary>Rows of a mini-sequence in the layers.</summary>
-    public long ChunkRows { get; }
+    public long ChunkRows => _step.ChunkRows;
 
     /// <summary>Rows of a mini-sequence in the LM head.</summary>
-    public long LogitRows { get; }
+    public long LogitRows => _step.LogitRows;
 
     /// <summary>What each layer keeps: never <see cref="RecomputePolicy.Auto"/>.</summary>
     public IReadOnlyList<RecomputePolicy> Layers => _layers;
 
-    /// <summary>Predicted peak beyond weights, gradients and optimizer state, in bytes.</summary>
-    public long PeakBytes
+    /// <summary>Predicted peak beyond weights, gradients and optimizer state, in bytes: the batch, what is kept, and what is at work.</summary>
+    public long PeakBytes => _step.Stages(_layers).Max(s => s.Bytes);
+
+    /// <summary>Weights, and adapters where there are any, in bytes.</summary>
+    public long WeightBytes => _training.WeightBytes(_step.Parameters);
+
+    /// <summary>Moments and master copies of the optimizer, in bytes.</summary>
+    public long OptimizerBytes => _training.OptimizerBytes(_step.Parameters);
+
+    /// <summary>Predicted peak of the whole step, in bytes: weights, optimizer state, and the gradients and activations of the stage where they take most together.</summary>
+    public long TotalBytes => _training.TotalBytes(_step.Parameters, _step.Stages(_layers), Gradients.AccumulationType(_step.DType).ElementSize());
+
+    /// <summary>The most tokens whose memory stays within a budget; 0 where not even one does.</summary>
+    /// <param name="budgetBytes">At most 2^50.</param>
+    /// <param name="bytes">Memory of a step over so many tokens, which grows with them: <see cref="TotalBytes"/> or <see cref="PeakBytes"/> of their plan, or of a <see cref="PlainMemoryPlan"/>.</param>
+    /// <exception cref="ArgumentOutOfRangeException">A budget outside its range.</exception>
+    public static int Longest(long budgetBytes, Func<int, long> bytes)
     {
-        get
-        {
-            long kept = _layers.Sum(KeptBytes);
-            long peak = kept + (2 * Hidden) + HeadChunkBytes; // the last layer's output and its gradient
-            for (int l = _layers.Length - 1; l >= 0; l--)
-            {
-                peak = Math.Max(peak, kept + Hidden + (_offloads ? Hidden : 0) + BackwardBytes(_layers[l]));
-                kept -= KeptBytes(_layers[l]);
-            }
-            return peak;
-        }
+        ArgumentOutOfRangeException.ThrowIfNegative(budgetBytes);
+        ArgumentOutOfRangeException.ThrowIfGreaterThan(budgetBytes, MostBudgetBytes);
+        int step = 1;
+        while (step <= int.MaxValue / 2 && bytes(step) <= budgetBytes) step *= 2;
+        int fits = 0;
+        for (; step > 0; step /= 2)
+            if (fits + (long)step <= int.MaxValue && bytes(fits + step) <= budgetBytes) fits += step;
+        return fits;
     }
-
-    private long Hidden => _rows * _config.HiddenSize * _element;
-
-    private long Queries => _rows * _config.NumAttentionHeads * _config.HeadDim * _element;
-
-    private long KeysValues => 2 * _rows * _config.NumKeyValueHeads * _config.HeadDim * _element;
-
-    private long LogSumExp => _rows * _config.NumAttentionHeads * sizeof(float);
-
-    private long HeadChunkBytes => LogitRows * _config.VocabSize * _element;
-
-    private long MlpChunkBytes => MlpIntermediates * ChunkRows * _config.IntermediateSize * _element;
-
-    // Scores of a tile and their gradients, where attention has a window or a cap; the keys' and values' gradients are float32 there.
-    private long AttentionScratchBytes => _config.SlidingWindow is null && _config.AttnLogitSoftcapping is null
-        ? FlashScratchBytes
-        : (4L * _config.NumAttentionHeads * Math.Min(_rows, Attention.TileQueries) * Math.Min(_rows, Attention.TileKeys) * sizeof(float)) + (KeysValues / _element * sizeof(float));
 
     // Upgrades layers one by one, the last first, while the peak stays within the budget.
     private void Fill(long budget)
@@ -116,25 +124,6 @@ public sealed class MemoryPlan
                 _layers[l] = before;
                 return;
             }
-    }
-
-    private long KeptBytes(RecomputePolicy policy) => (_offloads ? 0 : Hidden) + policy switch
-    {
-        RecomputePolicy.Full => 0,
-        RecomputePolicy.KeepAttention => Queries + LogSumExp,
-        _ => (2 * Queries) + KeysValues + LogSumExp + Hidden + (2 * _rows * _config.IntermediateSize * _element),
-    };
-
-    // What a layer's backward makes: recomputed q, k, v and attention, the gradient of attention's output, then those of q, k, v.
-    private long BackwardBytes(RecomputePolicy policy)
-    {
-        long recomputed = policy switch
-        {
-            RecomputePolicy.Full => (2 * Queries) + KeysValues + LogSumExp,
-            RecomputePolicy.KeepAttention => Queries + KeysValues,
-            _ => 0,
-        };
-        return recomputed + Queries + Math.Max(MlpChunkBytes, Queries + KeysValues + AttentionScratchBytes);
     }
 
     private static long DefaultBudget(Device? device) => device is null || device.type == DeviceType.CPU ? TensorMemory.AvailableBytes / 4 : 0;

@@ -38,7 +38,18 @@ internal sealed unsafe class FlashKernel
     }
 
     /// <summary>Whether the kernel takes queries like these.</summary>
-    public static bool Takes(Tensor q) => q.size(0) >= FewestQueries && q.size(-1) % 16 == 0 && q.size(-1) <= 256 && MatrixKernel.Takes(q);
+    public static bool Takes(Tensor q) => MatrixKernel.Takes(q) && Takes(q.size(0), q.size(-1));
+
+    /// <summary>The same of so many queries of a width, where <see cref="MatrixKernel"/> takes their type.</summary>
+    public static bool Takes(long queries, long width) => queries >= FewestQueries && width % 16 == 0 && width <= 256;
+
+    /// <summary>Memory of backward beyond its arguments, in bytes.</summary>
+    public static long BackwardBytes(long length, int keyHeads, int width)
+    {
+        int parts = (Workers.Count + keyHeads - 1) / keyHeads;
+        long shared = parts > 1 ? 2 * length * keyHeads * width : 0;
+        return sizeof(float) * ((Math.Min(Workers.Count, keyHeads * parts) * new BackwardScratch(width, length).Floats) + shared);
+    }
 
     private long QueryTasks => (_n + (_rowBlocks * Queries) - 1) / (_rowBlocks * Queries);
 

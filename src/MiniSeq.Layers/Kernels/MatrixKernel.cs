@@ -22,7 +22,10 @@ internal static unsafe class MatrixKernel
     private static readonly Lazy<bool> s_isSupported = new(() => IsWanted() && HasInstructions() && HasExports() && Checks());
 
     /// <summary>Whether kernels take tensors like this: bfloat16 on a CPU that multiplies it (AVX-512 BF16), on Linux, unless the environment variable MINISEQ_KERNELS is 0.</summary>
-    public static bool Takes(Tensor t) => t.dtype == ScalarType.BFloat16 && t.device_type == DeviceType.CPU && s_isSupported.Value;
+    public static bool Takes(Tensor t) => Takes(t.dtype, t.device_type);
+
+    /// <summary>The same of a type on a kind of device.</summary>
+    public static bool Takes(ScalarType dtype, DeviceType device) => dtype == ScalarType.BFloat16 && device == DeviceType.CPU && s_isSupported.Value;
 
     /// <summary>C = A B, or C += A B if <paramref name="add"/>. A [m, k] and C [m, n] have lda and ldc numbers a row, packed B [k/2, n, 2] has ldb pairs.</summary>
     public static void Multiply(int m, int n, int k, ushort* a, int lda, ushort* b, int ldb, float* c, int ldc, bool add) =>

@@ -7,6 +7,9 @@ internal static unsafe class WeightGradient
 {
     private const int TileRows = 128, TaskRows = 512, MostProducts = 512;
 
+    /// <summary>Memory of it beyond its arguments, at most, in bytes.</summary>
+    public static long Bytes => Workers.Count * (2L * TileRows + 256) * MostProducts * sizeof(ushort);
+
     /// <summary>accumulator += aᵀ b.</summary>
     /// <param name="accumulator">[m, n] float32, contiguous.</param>
     /// <param name="a">[rows, m] bfloat16.</param>
