@@ -1,3 +1,4 @@
+using MiniSeq.Layers.Kernels;
 using static TorchSharp.torch;
 
 namespace MiniSeq.Layers;
@@ -104,25 +105,21 @@ public sealed class GatedMlp : nn.Module<Tensor, Tensor>
     public Tensor OutputChunk(Tensor gate, Tensor up, DropoutRows? dropout = null)
     {
         using var scope = NewDisposeScope();
-        return _down.forward(ActivationFunctions.Apply(_activation, gate).mul_(up), dropout).MoveToOuterDisposeScope();
+        var hidden = HasKernel(gate) ? RowKernels.Swiglu(gate, up) : ActivationFunctions.Apply(_activation, gate).mul_(up);
+        return _down.forward(hidden, dropout).MoveToOuterDisposeScope();
     }
 
     /// <summary>dx of one mini-sequence from dy; weight gradients are accumulated. Shapes: x, dy and dx [rows, d].</summary>
     /// <param name="x">[rows, d].</param>
     /// <param name="dy">[rows, d].</param>
-    /// <param name="kept">Gate and up [rows, I] of forward; null computes them again.</param>
+    /// <param name="kept">Gate and up [rows, I] of forward, no longer valid afterwards; null computes them again.</param>
     /// <param name="needsInputGrad">Whether dx is wanted.</param>
     /// <param name="dropout">As in forward.</param>
     public Tensor? BackwardChunk(Tensor x, Tensor dy, (Tensor Gate, Tensor Up)? kept = null, bool needsInputGrad = true, DropoutRows? dropout = null)
     {
         using var scope = NewDisposeScope();
         var (gate, up) = kept ?? (_gate.forward(x, dropout), _up.forward(x, dropout));
-        var act = ActivationFunctions.Apply(_activation, gate);
-        using (var hidden = act * up)                              // h = act(g) ⊙ u
-            _down.AccumulateGradients(hidden, dy, dropout);        // dW_d += dyᵀ h
-        var dHidden = _down.InputGradient(dy, dropout);            // dh = dy W_d
-        var dUp = act.mul_(dHidden);                               // du = dh ⊙ act(g)
-        var dGate = ActivationFunctions.Backward(_activation, dHidden.mul_(up), gate); // dg = dh ⊙ u ⊙ act'(g)
+        var (dGate, dUp) = HasKernel(gate) ? BackwardInPlace(gate, up, dy, dropout) : BackwardInside(gate, up, dy, dropout);
         _gate.AccumulateGradients(x, dGate, dropout);              // dW_g += dgᵀ x
         _up.AccumulateGradients(x, dUp, dropout);                  // dW_u += duᵀ x
         if (!needsInputGrad) return null;
@@ -130,6 +127,28 @@ public sealed class GatedMlp : nn.Module<Tensor, Tensor>
         _up.AddInputGradient(dx, dUp, dropout);
         return dx.MoveToOuterDisposeScope();
     }
+
+    // dg and du from dy, and dW_d.
+    private (Tensor Gate, Tensor Up) BackwardInside(Tensor gate, Tensor up, Tensor dy, DropoutRows? dropout)
+    {
+        var act = ActivationFunctions.Apply(_activation, gate);
+        using (var hidden = act * up)                              // h = act(g) ⊙ u
+            _down.AccumulateGradients(hidden, dy, dropout);        // dW_d += dyᵀ h
+        var dHidden = _down.InputGradient(dy, dropout);            // dh = dy W_d
+        var dUp = act.mul_(dHidden);                               // du = dh ⊙ act(g)
+        return (ActivationFunctions.Backward(_activation, dHidden.mul_(up), gate), dUp); // dg = dh ⊙ u ⊙ act'(g)
+    }
+
+    // The same; dg and du take the place of g and u.
+    private (Tensor Gate, Tensor Up) BackwardInPlace(Tensor gate, Tensor up, Tensor dy, DropoutRows? dropout)
+    {
+        using (var hidden = RowKernels.Swiglu(gate, up)) _down.AccumulateGradients(hidden, dy, dropout);
+        using var dHidden = _down.InputGradient(dy, dropout);
+        RowKernels.SwigluBackward_(dHidden, gate, up);
+        return (gate, up);
+    }
+
+    private bool HasKernel(Tensor gate) => _activation == Activation.Silu && RowKernels.Take(gate) && gate.is_contiguous();
 
     private long ChunkRows(Tensor x) => Chunking.Rows(_chunkSize, x.size(0), _gate.Weight.size(0), x.dtype);
 

@@ -1,3 +1,4 @@
+using MiniSeq.Layers.Kernels;
 using TorchSharp.Modules;
 using static TorchSharp.torch;
 
@@ -33,6 +34,7 @@ public sealed class RmsNorm : nn.Module<Tensor, Tensor>
     /// <summary>y, same shape and type as x [.., d]. Records an ordinary autograd graph.</summary>
     public override Tensor forward(Tensor input)
     {
+        if (RowKernels.Take(input)) return RowKernels.Norm(input, _weight, _eps, _unitOffset);
         using var scope = NewDisposeScope();
         var (normed, _) = Normalize(input);
         var y = _unitOffset ? (normed * Factor(normed.dtype)).to(input.dtype) : normed.to(input.dtype) * _weight;
@@ -45,6 +47,12 @@ public sealed class RmsNorm : nn.Module<Tensor, Tensor>
     {
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();
+        if (RowKernels.Take(x))
+        {
+            var (dx, dw) = RowKernels.NormBackward(x, dy, _weight, _eps, _unitOffset, _weight.requires_grad);
+            if (dw is not null) Gradients.Accumulate(_weight, dw);
+            return dx.MoveToOuterDisposeScope();
+        }
         var (n, r) = Normalize(x);
         var g = dy.to(n.dtype);
         if (_weight.requires_grad) Gradients.Accumulate(_weight, (g * n).reshape(-1, n.size(-1)).sum(dim: 0));

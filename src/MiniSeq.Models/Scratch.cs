@@ -35,9 +35,10 @@ internal sealed class Scratch(ScalarType dtype, Device? device)
         return (wide == dtype.ElementSize() ? 0 : block) + (config.FinalLogitSoftcapping is null ? 0 : block);
     }
 
-    /// <summary>Of <see cref="RmsNorm.Backward"/>, for each number of x: five of its size in float32, in 16 bits x and dy, too, and dx.</summary>
-    public static long NormBackward(ScalarType dtype)
+    /// <summary>Of <see cref="RmsNorm.Backward"/>, for each number of x: five of its size in float32, in 16 bits x and dy, too, and dx; of the kernel dx alone.</summary>
+    public long NormBackward(long width)
     {
+        if (HasKernel && width % 16 == 0) return dtype.ElementSize();
         long element = dtype.ElementSize(), wide = Gradients.AccumulationType(dtype).ElementSize();
         return wide == element ? 5 * wide : (7 * wide) + element;
     }

@@ -108,14 +108,16 @@ internal sealed class StepMemory
     // chunk), and then, when these are gone, a norm goes back; a norm behind the MLP while gate and up are there.
     private long MlpChunk(long c, bool kept)
     {
-        long products = (c * (kept ? 3L : 5) * _config.IntermediateSize * _element) + Weight(_config.IntermediateSize, _config.MlpBias ? c : 0);
-        long norm = c * ((_d * Scratch.NormBackward(DType)) + (_config.PostNorms && !kept ? 2L * _config.IntermediateSize * _element : 0));
+        // Gate and up, and the hidden rows or their gradient where the gradients of gate and up take their place; else two more.
+        int held = (_scratch.HasKernel && _config.HiddenAct == Activation.Silu ? 3 : 5) - (kept ? 2 : 0);
+        long products = (c * (long)held * _config.IntermediateSize * _element) + Weight(_config.IntermediateSize, _config.MlpBias ? c : 0);
+        long norm = c * ((_d * _scratch.NormBackward(_config.HiddenSize)) + (_config.PostNorms && !kept ? 2L * _config.IntermediateSize * _element : 0));
         return (c * (_config.PostNorms ? 5 : 3) * _d * _element) + Math.Max(products, norm);
     }
 
     // The norm of the rows and its gradient, and heads before their own norm; then a norm goes back, or a weight's gradient is accumulated.
     private long HeadsChunk(long c, long width) => (c * ((2 * _d) + (_config.QkNorm ? width : 0)) * _element)
-        + Math.Max(c * (_config.QkNorm ? Math.Max(_d, width) : _d) * Scratch.NormBackward(DType), Weight(width, _config.QkvBias ? c : 0));
+        + Math.Max(c * (_config.QkNorm ? Math.Max(_d, width) : _d) * _scratch.NormBackward(_config.HiddenSize), Weight(width, _config.QkvBias ? c : 0));
 
     // Beside a product with a weight [width, d]: what accumulating its gradient takes, and its bias's from so many rows; or the adapter's matrices in the type of the rows.
     private long Weight(long width, long biasRows) => Parameters.IsAdapted ? 2 * Parameters.Trained(1) / 7 * _element : Math.Max(_scratch.Product(width, _d), Scratch.Bias(biasRows, width, DType));
