@@ -86,7 +86,10 @@ public static class Attention
     public static Tensor Delta(Tensor dOutput, Tensor output)
     {
         using var scope = NewDisposeScope();
-        return (dOutput.to(ScalarType.Float32) * output).sum(-1).MoveToOuterDisposeScope();
+        var delta = empty(output.shape[..^1], ScalarType.Float32, output.device);
+        Chunking.ForEach(output.size(0), Chunking.FullSpeedRows, (start, count) =>
+            delta.narrow(0, start, count).copy_((dOutput.narrow(0, start, count).to(ScalarType.Float32) * output.narrow(0, start, count)).sum(-1)));
+        return delta.MoveToOuterDisposeScope();
     }
 
     /// <summary>The same as <see cref="Backward"/> where <see cref="WorksInPlace"/>: dq, dk and dv take the place of q, k and v.</summary>

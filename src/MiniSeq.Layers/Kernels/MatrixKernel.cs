@@ -69,7 +69,6 @@ internal static unsafe class MatrixKernel
         return c[0] == 2 * K && c[(M * N) - 1] == 2 * K;
     }
 
-
     [DllImport(Library, EntryPoint = Product)]
     private static extern void brgemm(long m, long n, long k, long lda, long ldb, long ldc, byte add, ushort* a, ushort* b, float* c, byte packed);
 
