@@ -95,6 +95,17 @@ public sealed class KernelTests
         Assert.Equal(loss.item<double>(), LinearCrossEntropy.Chunk(x, head, labels, null).LossSum.item<double>());
     }
 
+    [Fact]
+    public void AnOnlyTokenHasNoGradient()
+    {
+        using var scope = NewDisposeScope();
+        random.manual_seed(6);
+        using var head = new Projection(8, 1, dtype: ScalarType.BFloat16);
+        var (loss, dx) = LinearCrossEntropy.Chunk(Random(50, 8), head, zeros(50, ScalarType.Int64), 0.01);
+        Assert.Equal((0.0, 0f), (loss.item<double>(), dx!.to(ScalarType.Float32).abs().max().item<float>()));
+        Assert.Equal(0f, head.Weight.grad!.abs().max().item<float>());
+    }
+
     [Theory]
     [InlineData(ScalarType.Float64, 1e-12)]
     [InlineData(ScalarType.BFloat16, 0.02)]

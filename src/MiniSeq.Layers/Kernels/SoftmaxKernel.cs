@@ -24,25 +24,28 @@ internal static unsafe class SoftmaxKernel
     private static double Row(ushort* z, int width, int label, float? scale)
     {
         float highest = Highest(z, width), wanted = Number(z[label]);
-        var (unit, shift) = (Vector512.Create(VectorMath.Log2E), Vector512.Create(-highest * VectorMath.Log2E));
         Vector512<float> total = default;
         int c = 0;
-        for (; c + 16 <= width; c += 16) total += VectorMath.Exp2(Avx512F.FusedMultiplyAdd(VectorMath.Load(z + c), unit, shift));
+        for (; c + 16 <= width; c += 16) total += Exp(VectorMath.Load(z + c), highest);
         float sum = Vector512.Sum(total);
-        for (; c < width; c++) sum += VectorMath.Exp2((Number(z[c]) - highest) * VectorMath.Log2E);
-        if (scale is { } s) Gradient(z, width, label, s, unit, shift, sum);
+        for (; c < width; c++) sum += Exp(Number(z[c]), highest);
+        if (scale is { } s) Gradient(z, width, label, s, highest, sum);
         return Math.Log(sum) + highest - wanted;
     }
 
-    private static void Gradient(ushort* z, int width, int label, float scale, Vector512<float> unit, Vector512<float> shift, float sum)
+    private static void Gradient(ushort* z, int width, int label, float scale, float highest, float sum)
     {
-        var factor = Vector512.Create(scale / sum);
-        float ofLabel = (VectorMath.Exp2(Avx512F.FusedMultiplyAdd(Vector512.Create(Number(z[label])), unit, shift)) * factor).ToScalar() - scale;
+        float share = scale / sum, ofLabel = (Exp(Number(z[label]), highest) * share) - scale;
         int c = 0;
-        for (; c + 16 <= width; c += 16) VectorMath.Store(VectorMath.Exp2(Avx512F.FusedMultiplyAdd(VectorMath.Load(z + c), unit, shift)) * factor, z + c);
-        for (; c < width; c++) z[c] = Bits((VectorMath.Exp2(Avx512F.FusedMultiplyAdd(Vector512.Create(Number(z[c])), unit, shift)) * factor).ToScalar());
+        for (; c + 16 <= width; c += 16) VectorMath.Store(Exp(VectorMath.Load(z + c), highest) * share, z + c);
+        for (; c < width; c++) z[c] = Bits(Exp(Number(z[c]), highest) * share);
         z[label] = Bits(ofLabel);
     }
+
+    // The difference first: it is exact for the highest, whose gradient is then zero where it is alone.
+    private static Vector512<float> Exp(Vector512<float> z, float highest) => VectorMath.Exp2((z - Vector512.Create(highest)) * VectorMath.Log2E);
+
+    private static float Exp(float z, float highest) => Exp(Vector512.Create(z), highest).ToScalar();
 
     private static float Highest(ushort* z, int width)
     {
