@@ -104,20 +104,21 @@ internal sealed class StepMemory
         return (r * _d * _element) + Math.Max(mlp, Math.Max(attention, heads));
     }
 
-    // The residual, its norm and the gradient of that; at the last product gate, up and three of their gradients (kept gate and up are no part of the
-    // chunk), and then, when these are gone, a norm goes back; a norm behind the MLP while gate and up are there.
+    // The residual, its norm and the gradient of that; at the last product what is made of gate and up, and then, when that is gone, a norm goes back; a norm behind the MLP while gate and up are there.
     private long MlpChunk(long c, bool kept)
     {
-        // Gate and up, and the hidden rows or their gradient where the gradients of gate and up take their place; else two more.
-        int held = (_scratch.HasKernel && _config.HiddenAct == Activation.Silu ? 3 : 5) - (kept ? 2 : 0);
-        long products = (c * (long)held * _config.IntermediateSize * _element) + Weight(_config.IntermediateSize, _config.MlpBias ? c : 0);
-        long norm = c * ((_d * _scratch.NormBackward(_config.HiddenSize)) + (_config.PostNorms && !kept ? 2L * _config.IntermediateSize * _element : 0));
+        // In backward gate, up (unless they are kept), and the hidden rows or their gradient, whose place the gradients of gate and up take, or which are
+        // two more, beside a weight's gradient. In forward, which makes gate and up in any case, three and no gradient.
+        bool inPlace = _scratch.HasKernel && _config.HiddenAct == Activation.Silu && _config.IntermediateSize % 16 == 0;
+        long one = c * _config.IntermediateSize * _element;
+        long products = Math.Max(3 * one, (((inPlace ? 3 : 5) - (kept ? 2 : 0)) * one) + Weight(_config.IntermediateSize, _config.MlpBias ? c : 0));
+        long norm = c * ((_d * _scratch.NormBackward(_d)) + (_config.PostNorms && !kept ? 2L * _config.IntermediateSize * _element : 0));
         return (c * (_config.PostNorms ? 5 : 3) * _d * _element) + Math.Max(products, norm);
     }
 
     // The norm of the rows and its gradient, and heads before their own norm; then a norm goes back, or a weight's gradient is accumulated.
     private long HeadsChunk(long c, long width) => (c * ((2 * _d) + (_config.QkNorm ? width : 0)) * _element)
-        + Math.Max(c * (_config.QkNorm ? Math.Max(_d, width) : _d) * _scratch.NormBackward(_config.HiddenSize), Weight(width, _config.QkvBias ? c : 0));
+        + Math.Max(c * Math.Max(_d * _scratch.NormBackward(_d), _config.QkNorm ? width * _scratch.NormBackward(_config.HeadDim) : 0), Weight(width, _config.QkvBias ? c : 0));
 
     // Beside a product with a weight [width, d]: what accumulating its gradient takes, and its bias's from so many rows; or the adapter's matrices in the type of the rows.
     private long Weight(long width, long biasRows) => Parameters.IsAdapted ? 2 * Parameters.Trained(1) / 7 * _element : Math.Max(_scratch.Product(width, _d), Scratch.Bias(biasRows, width, DType));

@@ -36,7 +36,7 @@ public sealed class MemoryPlanTests
     [InlineData("llama", 1600, 1, 256, RecomputePolicy.Full, ScalarType.BFloat16)]
     [InlineData("llama", 1200, 1, 64, RecomputePolicy.KeepAttention, ScalarType.Float32)]
     [InlineData("llama", 1000, 1, 256, RecomputePolicy.None, ScalarType.Float32)]
-    [InlineData("llama", 1000, 0.05, Chunking.Auto, RecomputePolicy.None, ScalarType.BFloat16)]
+    [InlineData("llama", 1000, 0.05, 256, RecomputePolicy.None, ScalarType.BFloat16)]
     [InlineData("llama", 1200, 1, 256, RecomputePolicy.Auto, ScalarType.Float32)]
     [InlineData("llama", 1024, 1, 256, RecomputePolicy.Full, ScalarType.Float64)]
     [InlineData("llama", 700, 0.05, 256, RecomputePolicy.Full, ScalarType.Float32, 0, 3)]
