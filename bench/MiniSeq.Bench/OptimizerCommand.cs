@@ -25,18 +25,18 @@ internal sealed class OptimizerCommand
         ("bfloat16 state, in backward", new TrainingOptions { MaxGradNorm = 0, OptimizerState = OptimizerStateType.BFloat16, OptimizerInBackward = true }),
     ];
 
-    private readonly Option<int> _hidden = Number("--hidden", 1024, "hidden size");
-    private readonly Option<int> _intermediate = Number("--intermediate", 4096, "intermediate size of the MLP");
-    private readonly Option<int> _layers = Number("--layers", 6, "decoder layers");
-    private readonly Option<int> _heads = Number("--heads", 16, "query heads");
-    private readonly Option<int> _kvHeads = Number("--kv-heads", 8, "key/value heads");
-    private readonly Option<int> _vocab = Number("--vocab", 32000, "vocabulary size");
-    private readonly Option<int> _seq = Number("--seq", 256, "tokens of a document");
-    private readonly Option<int> _threads = Number("--threads", 0, "threads of libtorch; 0 is its own choice");
-    private readonly Option<int> _rounds = Number("--rounds", 3, "times each variant gets its turn");
-    private readonly Option<int> _steps = Number("--steps", 3, "steps timed in a turn, after one that makes the state");
+    private readonly Option<int> _hidden = Options.Number("--hidden", 1024, "hidden size");
+    private readonly Option<int> _intermediate = Options.Number("--intermediate", 4096, "intermediate size of the MLP");
+    private readonly Option<int> _layers = Options.Number("--layers", 6, "decoder layers");
+    private readonly Option<int> _heads = Options.Number("--heads", 16, "query heads");
+    private readonly Option<int> _kvHeads = Options.Number("--kv-heads", 8, "key/value heads");
+    private readonly Option<int> _vocab = Options.Number("--vocab", 32000, "vocabulary size");
+    private readonly Option<int> _seq = Options.Number("--seq", 256, "tokens of a document");
+    private readonly Option<int> _threads = Options.Threads();
+    private readonly Option<int> _rounds = Options.Number("--rounds", 3, "times each variant gets its turn");
+    private readonly Option<int> _steps = Options.Number("--steps", 3, "steps timed in a turn, after one that makes the state");
     private readonly Option<string[]> _dtype = new("--dtype") { DefaultValueFactory = _ => ["float32"], AllowMultipleArgumentsPerToken = true, Description = "float32, bfloat16 or both" };
-    private readonly Option<FileInfo?> _output = new("--json") { Description = "write the result to this file, too" };
+    private readonly Option<FileInfo?> _output = Options.Json();
 
     private OptimizerCommand()
     {
@@ -56,9 +56,7 @@ internal sealed class OptimizerCommand
 
     private int Run(ParseResult p)
     {
-        if (!TensorMemory.StartCounting()) Console.Error.WriteLine("No exact count of tensor memory on this system: peakTensorBytes is 0.");
-        TensorMemory.KeepFreedMemory();
-        if (p.GetValue(_threads) > 0) set_num_threads(p.GetValue(_threads));
+        Turns.Prepare(p.GetValue(_threads));
         using var json = p.GetValue(_output) is { } file ? new StreamWriter(file.FullName) : null;
         var shape = new Shape
         {
@@ -72,7 +70,7 @@ internal sealed class OptimizerCommand
             Batch = 1,
         };
         ScalarType[] dtypes = [.. p.GetValue(_dtype)!.SelectMany(d => d.Split(',')).Select(Shape.ParseDType)];
-        var result = Json(shape, Measure(shape, dtypes, Math.Max(1, p.GetValue(_rounds)), Math.Max(1, p.GetValue(_steps))));
+        var result = Json(shape, Measure(shape, dtypes, p.GetValue(_rounds), p.GetValue(_steps)));
         Table(result);
         string text = result.ToJsonString(s_json);
         if (json is null) Console.WriteLine(text);
@@ -95,12 +93,12 @@ internal sealed class OptimizerCommand
             foreach (var (key, list) in turns)
             {
                 list.Add(Take(shape, key.DType, key.Variant.Options, steps));
-                Console.Error.WriteLine($"round {round + 1}/{rounds}: {key.Variant.Name} {Name(key.DType)}, loss {list[^1].Loss.ToString("F4", CultureInfo.InvariantCulture)}");
+                Console.Error.WriteLine($"round {round + 1}/{rounds}: {key.Variant.Name} {Shape.Name(key.DType)}, loss {list[^1].Loss.ToString("F4", CultureInfo.InvariantCulture)}");
             }
         return [.. turns.Select(t => new JsonObject
         {
             ["name"] = t.Key.Variant.Name,
-            ["dtype"] = Name(t.Key.DType),
+            ["dtype"] = Shape.Name(t.Key.DType),
             ["parameters"] = t.Value[0].Parameters,
             ["stateBytes"] = t.Value[0].StateBytes,
             ["peakTensorBytes"] = t.Value.Max(turn => turn.PeakBytes),
@@ -155,8 +153,4 @@ internal sealed class OptimizerCommand
         foreach (var v in (JsonArray)result["variants"]!)
             Console.WriteLine($"| {v!["name"]} | {v["dtype"]} | {Cell(v["parameters"], 1e6, "N1")} | {Cell(v["stateBytes"], 1, "N0")} | {Cell(v["peakTensorBytes"], 1, "N0")} | {Cell(v["optimizerMilliseconds"], 1, "N1")} |");
     }
-
-    private static string Name(ScalarType dtype) => dtype.ToString().ToLowerInvariant();
-
-    private static Option<int> Number(string name, int value, string what) => new(name) { DefaultValueFactory = _ => value, Description = what };
 }

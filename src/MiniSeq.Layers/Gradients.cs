@@ -6,8 +6,8 @@ namespace MiniSeq.Layers;
 /// <summary>Accumulation into <c>.grad</c>, in place and in float32 or better.</summary>
 public static class Gradients
 {
-    private const long BlockBytes = 16 << 20;
-    private const long FewestBlockRows = 256;
+    internal const long BlockBytes = 16 << 20;
+    internal const long FewestBlockRows = 256;
 
     /// <summary>
     /// parameter.grad += gradient. A bfloat16 or float16 parameter gets a float32 <c>.grad</c>, because adding many chunks in

@@ -26,7 +26,7 @@ public static class LinearCrossEntropy
     /// <summary>The label that asks for no loss, as in PyTorch and Hugging Face.</summary>
     public const long IgnoreIndex = -100;
 
-    private const long SoftmaxBytes = 8 << 20;
+    internal const long SoftmaxBytes = 8 << 20;
 
     /// <summary>
     /// The loss of hidden states under a linear head, differentiable: <c>LossSum.backward()</c> (or of any multiple of it) gives
@@ -168,15 +168,9 @@ public static class LinearCrossEntropy
         using var scope = NewDisposeScope();
         var largest = zeros(dLogits.size(1), dLogits.dtype, dLogits.device);
         long block = Math.Max(1, SoftmaxBytes / (dLogits.size(1) * dLogits.element_size()));
-        Chunking.ForEach(dLogits.size(0), block, (start, count) => maximum_out(largest, dLogits.narrow(0, start, count)));
+        Chunking.ForEach(dLogits.size(0), block, (start, count) => largest.copy_(maximum(largest, dLogits.narrow(0, start, count).abs().amax([0]))));
         var columns = largest.ge(threshold).nonzero().reshape(-1);
         return columns.numel() > dLogits.size(1) / 2 ? null : columns.MoveToOuterDisposeScope();
-
-        static void maximum_out(Tensor largest, Tensor part)
-        {
-            var most = part.abs().amax([0]);
-            largest.copy_(maximum(largest, most));
-        }
     }
 
     // Both gradient products over some columns of the logits only (Wijmans et al. 2024, Cut Cross-Entropy, arXiv 2411.09009, section 4.3).

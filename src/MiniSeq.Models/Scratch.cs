@@ -8,9 +8,6 @@ namespace MiniSeq.Models;
 /// <summary>Bytes that the kernels of the layers take for themselves: here, and nowhere else in the memory plan, stands what depends on how a kernel is written.</summary>
 internal sealed class Scratch(ScalarType dtype, Device? device)
 {
-    private const long ProductBytes = 16 << 20;    // of a block in Gradients.AddProduct
-    private const long FewestProductRows = 256;
-    private const long SoftmaxBytes = 8 << 20;     // of a block in LinearCrossEntropy
     private const double FlashTilesHeld = 2, FlashNarrowTilesHeld = 3.63; // float32 tiles of one thread of libtorch's flash kernel in backward; the latter, of 16-bit types, measured
     private const long FlashKeys = 512;
     private const double TilesHeld = 2, NarrowTilesHeld = 3.5, QueryBlocksHeld = 7; // of TiledAttention in backward, measured
@@ -23,7 +20,7 @@ internal sealed class Scratch(ScalarType dtype, Device? device)
     {
         if (HasKernel) return WeightGradient.Bytes;
         long element = dtype.ElementSize(), wide = Gradients.AccumulationType(dtype).ElementSize();
-        return wide == element ? 0 : Math.Min(m, Math.Max(FewestProductRows, ProductBytes / (n * element))) * n * (element + wide);
+        return wide == element ? 0 : Math.Min(m, Math.Max(Gradients.FewestBlockRows, Gradients.BlockBytes / (n * element))) * n * (element + wide);
     }
 
     /// <summary>Of the softmax of a chunk of logits: a block of rows in float32, where logits are not, and its tanh where they are capped.</summary>
@@ -31,7 +28,7 @@ internal sealed class Scratch(ScalarType dtype, Device? device)
     {
         if (HasKernel && config.FinalLogitSoftcapping is null) return 0;
         long wide = Gradients.AccumulationType(dtype).ElementSize();
-        long block = Math.Min(rows, Math.Max(1, SoftmaxBytes / (config.VocabSize * wide))) * config.VocabSize * wide;
+        long block = Math.Min(rows, Math.Max(1, LinearCrossEntropy.SoftmaxBytes / (config.VocabSize * wide))) * config.VocabSize * wide;
         return (wide == dtype.ElementSize() ? 0 : block) + (config.FinalLogitSoftcapping is null ? 0 : block);
     }
 
