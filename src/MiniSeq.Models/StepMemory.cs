@@ -80,7 +80,7 @@ internal sealed class StepMemory
 
     // The last layer's output and its gradient, and a chunk: its rows, their norm and gradient, the logits.
     private long Head => (2 * _batch.WantedRows * _d * _element) + (LogitRows * ((3 * _d) + _config.VocabSize) * _element)
-        + Math.Max(_scratch.Softmax(LogitRows, _config), Parameters.IsAdapted ? 0 : _scratch.Product(_config.VocabSize, _d));
+        + Math.Max(_scratch.Softmax(LogitRows, _config), Parameters.IsAdapted ? 0 : _scratch.Product(_config.VocabSize, _d, LogitRows));
 
     // The gradient of a layer's output turns into that of its input. Three phases, each of which may hold most.
     private long Backward(int layer, RecomputePolicy policy)
@@ -121,7 +121,7 @@ internal sealed class StepMemory
         + Math.Max(c * Math.Max(_d * _scratch.NormBackward(_d), _config.QkNorm ? width * _scratch.NormBackward(_config.HeadDim) : 0), Weight(width, _config.QkvBias ? c : 0));
 
     // Beside a product with a weight [width, d]: what accumulating its gradient takes, and its bias's from so many rows; or the adapter's matrices in the type of the rows.
-    private long Weight(long width, long biasRows) => Parameters.IsAdapted ? 2 * Parameters.Trained(1) / 7 * _element : Math.Max(_scratch.Product(width, _d), Scratch.Bias(biasRows, width, DType));
+    private long Weight(long width, long biasRows) => Parameters.IsAdapted ? 2 * Parameters.Trained(1) / 7 * _element : Math.Max(_scratch.Product(width, _d, ChunkRows), Scratch.Bias(biasRows, width, DType));
 
     private long AttentionScratch(int layer, long r)
     {

@@ -7,8 +7,8 @@ internal static unsafe class WeightGradient
 {
     private const int TileRows = 128, TaskRows = 512, MostProducts = 512;
 
-    /// <summary>Memory of it beyond its arguments, at most, in bytes.</summary>
-    public static long Bytes => Workers.Count * (2L * TileRows + 256) * MostProducts * sizeof(ushort);
+    /// <summary>Memory of it beyond its arguments for so many rows, in bytes.</summary>
+    public static long Bytes(long rows) => Workers.Count * (2L * TileRows + 256) * Math.Min(MostProducts, (rows + 31) / 32 * 32) * sizeof(ushort);
 
     /// <summary>accumulator += aᵀ b.</summary>
     /// <param name="accumulator">[m, n] float32, contiguous.</param>
