@@ -83,14 +83,14 @@ internal sealed class DecoderLayer : nn.Module
     public Tensor Forward(Tensor x, RowContext rows, Func<Tensor, Tensor, Tensor, Tensor> attend, LayerRecord? record = null, bool inPlace = false, WantedRows? wanted = null)
     {
         using var scope = NewDisposeScope();
+        var own = Own(x, wanted);
         Tensor output;
         using (NewDisposeScope())
         {
-            var (q, k, v) = QueryKeyValue(x, rows, wanted);
+            var (q, k, v) = QueryKeyValue(x, own, rows, wanted);
             output = attend(q, k, v).MoveToOuterDisposeScope();
             record?.KeepHeads(q, k, v);
         }
-        var own = Own(x, wanted);
         record?.MakeRoom(own.size(0), _config.IntermediateSize);
         var attention = output.flatten(1);
         var y = inPlace ? own : empty_like(own);
@@ -114,23 +114,24 @@ internal sealed class DecoderLayer : nn.Module
     public Tensor Backward_(LayerRecord record, Tensor gradient, RowContext rows, IReadOnlyList<long> lengths, WantedRows? wanted = null)
     {
         using var scope = NewDisposeScope();
+        var own = Own(record.Input, wanted);
         Tensor dq, dk, dv;
         using (NewDisposeScope())
         {
-            var (q, k, v) = record.Heads ?? QueryKeyValue(record.Input, rows, wanted);
+            var (q, k, v) = record.Heads ?? QueryKeyValue(record.Input, own, rows, wanted);
             var attention = record.Attention ?? Attend(q, k, v, lengths, wanted);
             var output = attention.Output;
             if (Attention.WorksInPlace(q, lengths, wanted?.Lengths))
             {
                 var delta = empty([output.size(0), output.size(1)], ScalarType.Float32, output.device);
-                BackwardAfterAttention(record, Own(record.Input, wanted), gradient, output, output, rows, delta);
+                BackwardAfterAttention(record, own, gradient, output, output, rows, delta);
                 (dq, dk, dv) = (q, k, v);
                 Attention.Backward_(output, dq, dk, dv, delta, attention.LogSumExp, lengths, _config.AttentionScale, _window, _config.AttnLogitSoftcapping, wanted?.Lengths);
             }
             else
             {
                 var dOutput = empty_like(output);
-                BackwardAfterAttention(record, Own(record.Input, wanted), gradient, output, dOutput, rows);
+                BackwardAfterAttention(record, own, gradient, output, dOutput, rows);
                 (dq, dk, dv) = Attention.Backward(dOutput, q, k, v, attention, lengths, _config.AttentionScale, _window, _config.AttnLogitSoftcapping, wanted?.Lengths);
             }
             foreach (var t in new[] { dq, dk, dv }) t.MoveToOuterDisposeScope();
@@ -140,7 +141,9 @@ internal sealed class DecoderLayer : nn.Module
             BackwardHeads(record.Input, gradient, rows.Positions, rows, (Q, dq), (K, dk), (V, dv));
             return gradient;
         }
-        BackwardHeads(Own(record.Input, wanted), gradient, Positions(rows, wanted), rows, (Q, dq));
+        BackwardHeads(own, gradient, Positions(rows, wanted), rows, (Q, dq));
+        own.Dispose();
+        dq.Dispose();
         var all = zeros_like(record.Input).index_copy_(0, wanted.Rows, gradient);
         gradient.Dispose();
         BackwardHeads(record.Input, all, rows.Positions, rows, (K, dk), (V, dv));
@@ -161,7 +164,7 @@ internal sealed class DecoderLayer : nn.Module
         return (r + Through(_postMlpNorm, _mlp.Plain(_mlpNorm.call(r)))).MoveToOuterDisposeScope();
     }
 
-    private (Tensor Q, Tensor K, Tensor V) QueryKeyValue(Tensor x, RowContext rows, WantedRows? wanted)
+    private (Tensor Q, Tensor K, Tensor V) QueryKeyValue(Tensor x, Tensor own, RowContext rows, WantedRows? wanted)
     {
         if (wanted is null)
         {
@@ -169,7 +172,7 @@ internal sealed class DecoderLayer : nn.Module
             return (all[0], all[1], all[2]);
         }
         var others = ForwardHeads(x, rows.Positions, rows, K, V);
-        return (ForwardHeads(Own(x, wanted), Positions(rows, wanted), rows, Q)[0], others[0], others[1]);
+        return (ForwardHeads(own, Positions(rows, wanted), rows, Q)[0], others[0], others[1]);
     }
 
     // norm → projection → norm of each head → rotary, a mini-sequence at a time: [rows, heads, D] for each part.
@@ -198,8 +201,11 @@ internal sealed class DecoderLayer : nn.Module
             Tensor At(Tensor t) => t.narrow(0, start, count);
             var dropout = rows.Dropout?.From(start);
             var (a, dr) = (At(output).flatten(1), At(gradient));
-            var r = record.Residual is { } kept ? At(kept) : AfterAttention(At(x), a, dropout);
-            dr.add_(BackwardMlp(r, dr, record.Mlp is var (gate, up) ? (At(gate), At(up)) : null, dropout)); // dr = dy + the way through the MLP
+            using (NewDisposeScope())
+            {
+                var r = record.Residual is { } kept ? At(kept) : AfterAttention(At(x), a, dropout);
+                dr.add_(BackwardMlp(r, dr, record.Mlp is var (gate, up) ? (At(gate), At(up)) : null, dropout)); // dr = dy + the way through the MLP
+            }
             var dProjected = _postAttentionNorm?.Backward(_o.forward(a, dropout), dr) ?? dr;
             _o.AccumulateGradients(a, dProjected, dropout);
             var da = Heads(_o.InputGradient(dProjected, dropout));
@@ -232,11 +238,12 @@ internal sealed class DecoderLayer : nn.Module
             Tensor? dh = null;
             foreach (var (part, all) in parts)
             {
+                using var one = NewDisposeScope();
                 var d = all.narrow(0, start, count);
                 if (part.Turns) RotaryEmbedding.Rotate_(d, cos, sin);
                 d = (part.Norm?.Backward(Heads(part.Projection.forward(h, dropout)), d) ?? d).flatten(1);
                 part.Projection.AccumulateGradients(h, d, dropout);
-                if (dh is null) dh = part.Projection.InputGradient(d, dropout);
+                if (dh is null) dh = part.Projection.InputGradient(d, dropout).MoveToOuterDisposeScope();
                 else part.Projection.AddInputGradient(dh, d, dropout);
             }
             gradient.narrow(0, start, count).add_(_attentionNorm.Backward(xc, dh!));

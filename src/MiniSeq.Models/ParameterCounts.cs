@@ -22,6 +22,9 @@ internal sealed class ParameterCounts(DecoderConfig config, ScalarType dtype, Lo
     /// <summary>Whether adapters are trained, and not the weights.</summary>
     public bool IsAdapted => adapter is not null;
 
+    /// <summary>r of the adapters; 0 without them.</summary>
+    public long Rank => adapter?.R ?? 0;
+
     /// <summary>V · d.</summary>
     public long Vocabulary => (long)config.VocabSize * config.HiddenSize;
 

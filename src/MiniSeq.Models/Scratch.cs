@@ -11,6 +11,8 @@ internal sealed class Scratch(ScalarType dtype, Device? device)
     private const double FlashTilesHeld = 2, FlashNarrowTilesHeld = 3.63; // float32 tiles of one thread of libtorch's flash kernel in backward; the latter, of 16-bit types, measured
     private const long FlashKeys = 512;
     private const double TilesHeld = 2, NarrowTilesHeld = 3.5, QueryBlocksHeld = 7; // of TiledAttention in backward, measured
+    private const double FewQueryBlocksHeld = 3, KeyBlocksHeld = 2, NarrowKeyBlocksHeld = 3; // the same where the keys of a tile are many more
+    private const long MaskBytes = sizeof(long) + 2; // for each score of a tile: the distance of its tokens, and what is hidden
 
     /// <summary>Whether the layers use kernels of their own.</summary>
     public bool HasKernel { get; } = MatrixKernel.Takes(dtype, device?.type ?? DeviceType.CPU);
@@ -66,9 +68,11 @@ internal sealed class Scratch(ScalarType dtype, Device? device)
         long element = dtype.ElementSize(), wide = Gradients.AccumulationType(dtype).ElementSize();
         long Numbers(long rows, long end) => rows * Math.Min(Attention.TileKeys, Math.Min(end, (window ?? end) + rows)); // of a tile whose queries end there
         long rest = queries % Attention.TileQueries, whole = queries < Attention.TileQueries ? 0 : Attention.TileQueries;
-        double tiles = (wide == element ? TilesHeld : NarrowTilesHeld) + (config.AttnLogitSoftcapping is null ? 0 : 1);
-        double scores = tiles * Math.Max(Numbers(whole, length - rest), Numbers(rest, length));
-        double working = (scores + (QueryBlocksHeld * Math.Max(whole, rest) * config.HeadDim)) * config.NumAttentionHeads * wide;
+        int caps = config.AttnLogitSoftcapping is null ? 0 : 1;
+        double tiles = (wide == element ? TilesHeld : NarrowTilesHeld) + caps, heads = config.NumAttentionHeads, keyHeads = config.NumKeyValueHeads;
+        long tile = Math.Max(Numbers(whole, length - rest), Numbers(rest, length)), rows = Math.Max(whole, rest);
+        double blocks = config.HeadDim * Math.Max(QueryBlocksHeld * rows * heads, (FewQueryBlocksHeld * rows * heads) + ((wide == element ? KeyBlocksHeld : NarrowKeyBlocksHeld) * Math.Min(Attention.TileKeys, length) * keyHeads));
+        double working = Math.Max(((tile * tiles * heads) + blocks) * wide, tile * ((heads * wide * (1 + caps)) + MaskBytes));
         long keysValues = 2L * length * config.NumKeyValueHeads * config.HeadDim;
         return wide == element ? (long)working : (keysValues * (wide - element)) + Math.Max((long)working, keysValues * element);
     }

@@ -94,13 +94,14 @@ internal sealed class StepMemory
             RecomputePolicy.KeepAttention => Heads(r),
             _ => 0,
         };
-        long own = partly ? 2 * r * _d * _element : 0; // the wanted rows of the input, picked out twice
+        long own = partly ? r * _d * _element : 0; // the wanted rows of the input, picked out
         bool inPlace = _scratch.HasKernel && FlashKernel.Takes(_batch.LongestDocument * r / _batch.Rows, _config.HeadDim);
         // The gradient of attention's output; or Σ dy ⊙ y, when it takes the output's place, and dq, dk and dv those of q, k and v.
         long dOutput = inPlace ? r * _config.NumAttentionHeads * sizeof(float) : output;
-        long mlp = recomputed + own + dOutput + MlpChunk(c, policy == RecomputePolicy.None);
+        long mlp = recomputed + own + dOutput + Math.Max(MlpChunk(c, policy == RecomputePolicy.None), OutputChunk(c, inPlace));
         long attention = recomputed + own + dOutput + (inPlace ? FlashKernel.BackwardBytes(_batch.LongestDocument, _config.NumKeyValueHeads, _config.HeadDim) : Heads(r) + AttentionScratch(layer, r));
-        long heads = (inPlace && policy == RecomputePolicy.None ? 0 : Heads(r)) + own + Math.Max(HeadsChunk(c, _queries), partly ? Input + HeadsChunk(ChunkRows, _keys) : 0);
+        long heads = inPlace && policy == RecomputePolicy.None ? 0 : Heads(r);
+        heads += partly ? Math.Max(own + HeadsChunk(c, _queries), Input + HeadsChunk(ChunkRows, _keys) - output) : HeadsChunk(c, _queries);
         return (r * _d * _element) + Math.Max(mlp, Math.Max(attention, heads));
     }
 
@@ -111,17 +112,35 @@ internal sealed class StepMemory
         // two more, beside a weight's gradient. In forward, which makes gate and up in any case, three and no gradient.
         bool inPlace = _scratch.HasKernel && _config.HiddenAct == Activation.Silu && _config.IntermediateSize % 16 == 0;
         long one = c * _config.IntermediateSize * _element;
-        long products = Math.Max(3 * one, (((inPlace ? 3 : 5) - (kept ? 2 : 0)) * one) + Weight(_config.IntermediateSize, _config.MlpBias ? c : 0));
+        long biasRows = _config.MlpBias ? c : 0, there = kept ? 0 : 2;
+        long products = Math.Max(3 * one, inPlace
+            ? (there * one) + Math.Max(one + Weight(_config.IntermediateSize, 0), Weight(_config.IntermediateSize, biasRows))
+            : ((there + 3) * one) + Weight(_config.IntermediateSize, biasRows));
         long norm = c * ((_d * _scratch.NormBackward(_d)) + (_config.PostNorms && !kept ? 2L * _config.IntermediateSize * _element : 0));
         return (c * (_config.PostNorms ? 5 : 3) * _d * _element) + Math.Max(products, norm);
     }
 
-    // The norm of the rows and its gradient, and heads before their own norm; then a norm goes back, or a weight's gradient is accumulated.
-    private long HeadsChunk(long c, long width) => (c * ((2 * _d) + (_config.QkNorm ? width : 0)) * _element)
-        + Math.Max(c * Math.Max(_d * _scratch.NormBackward(_d), _config.QkNorm ? width * _scratch.NormBackward(_config.HeadDim) : 0), Weight(width, _config.QkvBias ? c : 0));
+    // Behind the MLP the way back through the norm and the product behind attention; beside its result, what the sum of it and the output takes.
+    private long OutputChunk(long c, bool inPlace)
+    {
+        long sums = inPlace ? 2 * Math.Min(c, Chunking.FullSpeedRows) * _queries * sizeof(float) : 0;
+        long product = Math.Max((c * _queries * _element) + sums, Weight(_queries, _config.OutputBias ? c : 0));
+        return _config.PostNorms ? Math.Max(c * _d * (_element + _scratch.NormBackward(_d)), (2 * c * _d * _element) + product) : product;
+    }
 
-    // Beside a product with a weight [width, d]: what accumulating its gradient takes, and its bias's from so many rows; or the adapter's matrices in the type of the rows.
-    private long Weight(long width, long biasRows) => Parameters.IsAdapted ? 2 * Parameters.Trained(1) / 7 * _element : Math.Max(_scratch.Product(width, _d, ChunkRows), Scratch.Bias(biasRows, width, DType));
+    // The norm of the rows and its gradient; heads before their own norm and that norm's way back, and then its result beside a weight's gradient; or the norm's way back.
+    private long HeadsChunk(long c, long width)
+    {
+        long weight = Weight(width, _config.QkvBias ? c : 0);
+        long heads = _config.QkNorm ? (c * width * _element) + Math.Max(c * width * _scratch.NormBackward(_config.HeadDim), (c * width * _element) + weight) : weight;
+        return (2 * c * _d * _element) + Math.Max(heads, c * _d * _scratch.NormBackward(_d));
+    }
+
+    // Beside a product with a weight [width, d]: what accumulating its gradient takes, and its bias's from so many rows; or the adapter's matrices in the
+    // type of the rows, with what accumulating their gradients takes.
+    private long Weight(long width, long biasRows) => Parameters.IsAdapted
+        ? (2 * Parameters.Trained(1) / 7 * _element) + _scratch.Product(width, Parameters.Rank, ChunkRows)
+        : Math.Max(_scratch.Product(width, _d, ChunkRows), Scratch.Bias(biasRows, width, DType));
 
     private long AttentionScratch(int layer, long r)
     {

@@ -128,7 +128,7 @@ let private planned (c: MemoryCase) =
 
     MemoryPlan(c.Config, batch, c.Type, c.Compute, training c).PeakBytes
 
-/// The largest error over some hundred cases was 10%.
+/// Of a thousand cases 13 were more than 10% off, and the worst 19%: models of some thousand numbers, where buffers that the plan does not count are not small.
 let private bound = 0.2
 
 let private predicts (c: MemoryCase) =

@@ -48,9 +48,9 @@ internal static unsafe class RowKernels
         using var scope = NewDisposeScope();
         var (x, dy, output) = (input.contiguous(), gradient.contiguous(), empty(input.shape, input.dtype));
         int d = (int)input.size(-1);
-        var sums = zeros([Workers.Count, d], ScalarType.Float32);
+        var sums = needsWeightGradient ? zeros([Workers.Count, d], ScalarType.Float32) : null;
         ushort* px = (ushort*)MatrixKernel.Pointer(x), pdy = (ushort*)MatrixKernel.Pointer(dy), w = (ushort*)MatrixKernel.Pointer(weight), pdx = (ushort*)MatrixKernel.Pointer(output);
-        float* sum = (float*)MatrixKernel.Pointer(sums);
+        float* sum = sums is null ? null : (float*)MatrixKernel.Pointer(sums);
         ForRows(input.numel() / d, d, (worker, row) =>
         {
             ushort* a = px + (row * d), dya = pdy + (row * d), dxa = pdx + (row * d);
@@ -62,14 +62,13 @@ internal static unsafe class RowKernels
             {
                 var products = VectorMath.Load(dya + c) * VectorMath.Load(a + c) * r;
                 along += products * Factor(w + c, unitOffset);
-                (Vector512.Load(dw + c) + products).Store(dw + c);
+                if (sum != null) (Vector512.Load(dw + c) + products).Store(dw + c);
             }
             var mean = Vector512.Create(Vector512.Sum(along) / d);
             for (int c = 0; c < d; c += 16)
                 VectorMath.Store(r * ((VectorMath.Load(dya + c) * Factor(w + c, unitOffset)) - (VectorMath.Load(a + c) * r * mean)), dxa + c);
         });
-        var dw = needsWeightGradient ? sums.sum(dim: 0).MoveToOuterDisposeScope() : null;
-        return (output.MoveToOuterDisposeScope(), dw);
+        return (output.MoveToOuterDisposeScope(), sums?.sum(dim: 0).MoveToOuterDisposeScope());
     }
 
     /// <summary>silu(gate) ⊙ up, [rows, I].</summary>
