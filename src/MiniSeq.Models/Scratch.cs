@@ -17,10 +17,10 @@ internal sealed class Scratch(ScalarType dtype, Device? device)
     /// <summary>Whether the layers use kernels of their own.</summary>
     public bool HasKernel { get; } = MatrixKernel.Takes(dtype, device?.type ?? DeviceType.CPU);
 
-    /// <summary>Of accumulating the gradient of a weight [m, n]: a block of the product in 16 bits, and again in float32 to be added; of the kernel its tiles.</summary>
+    /// <summary>Of accumulating the gradient of a weight [m, n]: a block of the product in 16 bits, and again in float32 to be added; of the kernel its packed factor and tiles.</summary>
     public long Product(long m, long n, long rows)
     {
-        if (HasKernel) return WeightGradient.Bytes(rows);
+        if (HasKernel) return WeightGradient.Bytes(n, rows);
         long element = dtype.ElementSize(), wide = Gradients.AccumulationType(dtype).ElementSize();
         return wide == element ? 0 : Math.Min(m, Math.Max(Gradients.FewestBlockRows, Gradients.BlockBytes / (n * element))) * n * (element + wide);
     }

@@ -113,9 +113,8 @@ internal sealed class StepMemory
         bool inPlace = _scratch.HasKernel && _config.HiddenAct == Activation.Silu && _config.IntermediateSize % 16 == 0;
         long one = c * _config.IntermediateSize * _element;
         long biasRows = _config.MlpBias ? c : 0, there = kept ? 0 : 2;
-        long products = Math.Max(3 * one, inPlace
-            ? (there * one) + Math.Max(one + Weight(_config.IntermediateSize, 0), Weight(_config.IntermediateSize, biasRows))
-            : ((there + 3) * one) + Weight(_config.IntermediateSize, biasRows));
+        long down = Weight(_d, _config.IntermediateSize, biasRows), gateUp = Weight(_config.IntermediateSize, _d, biasRows);
+        long products = Math.Max(3 * one, (there * one) + (inPlace ? Math.Max(one + down, gateUp) : Math.Max((2 * one) + down, (3 * one) + gateUp)));
         long norm = c * ((_d * _scratch.NormBackward(_d)) + (_config.PostNorms && !kept ? 2L * _config.IntermediateSize * _element : 0));
         return (c * (_config.PostNorms ? 5 : 3) * _d * _element) + Math.Max(products, norm);
     }
@@ -124,23 +123,23 @@ internal sealed class StepMemory
     private long OutputChunk(long c, bool inPlace)
     {
         long sums = inPlace ? 2 * Math.Min(c, Chunking.FullSpeedRows) * _queries * sizeof(float) : 0;
-        long product = Math.Max((c * _queries * _element) + sums, Weight(_queries, _config.OutputBias ? c : 0));
+        long product = Math.Max((c * _queries * _element) + sums, Weight(_d, _queries, _config.OutputBias ? c : 0));
         return _config.PostNorms ? Math.Max(c * _d * (_element + _scratch.NormBackward(_d)), (2 * c * _d * _element) + product) : product;
     }
 
     // The norm of the rows and its gradient; heads before their own norm and that norm's way back, and then its result beside a weight's gradient; or the norm's way back.
     private long HeadsChunk(long c, long width)
     {
-        long weight = Weight(width, _config.QkvBias ? c : 0);
+        long weight = Weight(width, _d, _config.QkvBias ? c : 0);
         long heads = _config.QkNorm ? (c * width * _element) + Math.Max(c * width * _scratch.NormBackward(_config.HeadDim), (c * width * _element) + weight) : weight;
         return (2 * c * _d * _element) + Math.Max(heads, c * _d * _scratch.NormBackward(_d));
     }
 
-    // Beside a product with a weight [width, d]: what accumulating its gradient takes, and its bias's from so many rows; or the adapter's matrices in the
+    // Beside a product with a weight [m, n]: what accumulating its gradient takes, and its bias's from so many rows; or the adapter's matrices in the
     // type of the rows, with what accumulating their gradients takes.
-    private long Weight(long width, long biasRows) => Parameters.IsAdapted
-        ? (2 * Parameters.Trained(1) / 7 * _element) + _scratch.Product(width, Parameters.Rank, ChunkRows)
-        : Math.Max(_scratch.Product(width, _d, ChunkRows), Scratch.Bias(biasRows, width, DType));
+    private long Weight(long m, long n, long biasRows) => Parameters.IsAdapted
+        ? (2 * Parameters.Trained(1) / 7 * _element) + Math.Max(_scratch.Product(m, Parameters.Rank, ChunkRows), _scratch.Product(Parameters.Rank, n, ChunkRows))
+        : Math.Max(_scratch.Product(m, n, ChunkRows), Scratch.Bias(biasRows, m, DType));
 
     private long AttentionScratch(int layer, long r)
     {

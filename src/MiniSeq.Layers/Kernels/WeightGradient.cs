@@ -1,14 +1,21 @@
+using System.Runtime.Intrinsics.X86;
 using static TorchSharp.torch;
 
 namespace MiniSeq.Layers.Kernels;
 
 /// <summary>The gradient of a weight of bfloat16 layers, accumulator += aᵀ b: products summed in float32 where they are accumulated, and never rounded to 16 bits.</summary>
+/// <remarks>The right factor is packed once for all tiles; a tile of the left one is transposed once for all columns, and stays in its core's cache with the sums beside it.</remarks>
 internal static unsafe class WeightGradient
 {
-    private const int TileRows = 128, TaskRows = 512, MostProducts = 512;
+    private const int TileRows = 128, TileColumns = 256, MostDepth = 512;
+    private const int TasksOfWorker = 4; // at least, so that none waits long for the last
 
-    /// <summary>Memory of it beyond its arguments for so many rows, in bytes.</summary>
-    public static long Bytes(long rows) => Workers.Count * (2L * TileRows + 256) * Math.Min(MostProducts, (rows + 31) / 32 * 32) * sizeof(ushort);
+    /// <summary>Memory of it beyond its arguments for a weight of n columns and so many rows, in bytes.</summary>
+    public static long Bytes(long n, long rows)
+    {
+        long depth = Math.Min(MostDepth, Padded(rows));
+        return sizeof(ushort) * depth * (n + (Workers.Count * 2L * TileRows));
+    }
 
     /// <summary>accumulator += aᵀ b.</summary>
     /// <param name="accumulator">[m, n] float32, contiguous.</param>
@@ -18,38 +25,55 @@ internal static unsafe class WeightGradient
     {
         using var scope = NewDisposeScope();
         (a, b) = (a.contiguous(), b.contiguous());
-        for (long start = 0; start < a.size(0); start += MostProducts)
+        for (long start = 0; start < a.size(0); start += MostDepth)
         {
-            long count = Math.Min(MostProducts, a.size(0) - start);
+            long count = Math.Min(MostDepth, a.size(0) - start);
             AddPiece(accumulator, a.narrow(0, start, count), b.narrow(0, start, count));
         }
     }
 
     // The depth K of the product is the rows: padded, so that oneDNN meets few depths.
+    private static long Padded(long rows) => (rows + 31) / 32 * 32;
+
     private static void AddPiece(Tensor accumulator, Tensor a, Tensor b)
     {
         using var scope = NewDisposeScope();
-        int rows = (int)a.size(0), depth = (rows + 31) / 32 * 32, m = (int)a.size(1), n = (int)b.size(1);
-        int tileColumns = depth <= 512 ? 256 : 128; // two tiles and their sum stay in a core's cache
-        int workers = Workers.Count;
-        long left = (long)TileRows * depth, right = (long)tileColumns * depth;
-        var scratch = empty([workers, (2 * left) + right], ScalarType.BFloat16);
-        ushort* pa = (ushort*)MatrixKernel.Pointer(a), pb = (ushort*)MatrixKernel.Pointer(b), ps = (ushort*)MatrixKernel.Pointer(scratch);
+        int rows = (int)a.size(0), depth = (int)Padded(rows), m = (int)a.size(1), n = (int)b.size(1), workers = Workers.Count;
+        long left = (long)TileRows * depth;
+        var (packed, scratch) = (empty([n, depth], ScalarType.BFloat16), empty([workers, 2 * left], ScalarType.BFloat16));
+        ushort* pa = (ushort*)MatrixKernel.Pointer(a), pb = (ushort*)MatrixKernel.Pointer(b), pp = (ushort*)MatrixKernel.Pointer(packed), ps = (ushort*)MatrixKernel.Pointer(scratch);
         float* sum = (float*)MatrixKernel.Pointer(accumulator);
-        int across = (n + tileColumns - 1) / tileColumns, down = (m + TaskRows - 1) / TaskRows;
-        Workers.Run(workers, across * down, (worker, task) =>
+        int across = (n + TileColumns - 1) / TileColumns, down = (m + TileRows - 1) / TileRows;
+        Workers.Run(workers, across, (_, task) =>
         {
-            ushort* at = ps + (worker * ((2 * left) + right)), pairs = at + left, packed = pairs + left;
-            int column = task % across * tileColumns, columns = Math.Min(tileColumns, n - column);
-            Tiles.PackRows(pb + column, n, rows, depth, columns, packed);
-            for (int row = task / across * TaskRows, end = Math.Min(m, row + TaskRows); row < end; row += TileRows)
+            int column = task * TileColumns;
+            Tiles.PackRows(pb + column, n, rows, depth, Math.Min(TileColumns, n - column), pp + ((long)column * depth));
+        });
+        int parts = Math.Clamp(TasksOfWorker * workers / down, 1, across); // of the columns, where the weight has few rows
+        int together = (across + parts - 1) / parts;
+        Workers.Run(workers, down * parts, (worker, task) =>
+        {
+            int row = task / parts * TileRows, count = Math.Min(TileRows, m - row);
+            int first = task % parts * together, end = Math.Min(across, first + together);
+            if (first >= end) return;
+            ushort* at = ps + (worker * 2 * left), pairs = at + left;
+            float* sums = sum + ((long)row * n);
+            Prefetch(sums, n, count, first);
+            Tiles.TransposeRows(pa + row, m, rows, depth, count, at, pairs);
+            for (int tile = first; tile < end; tile++)
             {
-                int count = Math.Min(TileRows, end - row);
-                for (int r = 0; r < count; r++)
-                    for (int c = 0; c < columns; c += 16) System.Runtime.Intrinsics.X86.Sse.Prefetch1(sum + ((long)(row + r) * n) + column + c);
-                Tiles.TransposeRows(pa + row, m, rows, depth, count, at, pairs);
-                MatrixKernel.Multiply(count, columns, depth, at, depth, packed, columns, sum + ((long)row * n) + column, n, add: true);
+                int column = tile * TileColumns, columns = Math.Min(TileColumns, n - column);
+                if (tile + 1 < end) Prefetch(sums, n, count, tile + 1);
+                MatrixKernel.Multiply(count, columns, depth, at, depth, pp + ((long)column * depth), columns, sums + column, n, add: true);
             }
         });
+    }
+
+    // Sums are far apart in memory, a row here and a row there: nothing else fetches them ahead.
+    private static void Prefetch(float* sums, int n, int count, int tile)
+    {
+        int column = tile * TileColumns, columns = Math.Min(TileColumns, n - column);
+        for (int r = 0; r < count; r++)
+            for (int c = 0; c < columns; c += 16) Sse.Prefetch1(sums + ((long)r * n) + column + c);
     }
 }
