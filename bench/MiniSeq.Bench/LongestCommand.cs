@@ -15,7 +15,7 @@ internal sealed class LongestCommand
         var it = new LongestCommand();
         var command = new Command("longest", """
             The longest sequence of each variant within a budget of memory that grows with the sequence, and what a further token costs there:
-            (peak at the longest - peak at half of it) / tokens between, beside the bytes of the kept layer inputs, layers x hidden x element.
+            (peak at the longest - peak at half of it, of mini-sequence a quarter) / tokens between, beside the bytes of the kept layer inputs, layers x hidden x element.
             """) { it._timed, it._json };
         it._model.AddTo(command, it._model.VariantNames, it._model.Lora);
         command.SetAction(it.Run);

@@ -1,7 +1,6 @@
 using System.CommandLine;
 using System.Diagnostics;
 using System.Globalization;
-using System.Text.Json;
 using System.Text.Json.Nodes;
 using MiniSeq.Layers;
 using MiniSeq.Models;
@@ -14,8 +13,6 @@ namespace MiniSeq.Bench;
 internal sealed class OptimizerCommand
 {
     private const double LearningRate = 1e-4;
-
-    private static readonly JsonSerializerOptions s_json = new(JsonSerializerDefaults.Web) { WriteIndented = true };
 
     private static readonly (string Name, TrainingOptions Options)[] s_variants =
     [
@@ -54,10 +51,9 @@ internal sealed class OptimizerCommand
         return command;
     }
 
-    private int Run(ParseResult p)
+    private void Run(ParseResult p)
     {
         Turns.Prepare(p.GetValue(_threads));
-        using var json = p.GetValue(_output) is { } file ? new StreamWriter(file.FullName) : null;
         var shape = new Shape
         {
             Hidden = p.GetValue(_hidden),
@@ -70,12 +66,12 @@ internal sealed class OptimizerCommand
             Batch = 1,
         };
         ScalarType[] dtypes = [.. p.GetValue(_dtype)!.SelectMany(d => d.Split(',')).Select(Shape.ParseDType)];
-        var result = Json(shape, Measure(shape, dtypes, p.GetValue(_rounds), p.GetValue(_steps)));
-        Table(result);
-        string text = result.ToJsonString(s_json);
-        if (json is null) Console.WriteLine(text);
-        else json.WriteLine(text);
-        return 0;
+        var variants = Measure(shape, dtypes, p.GetValue(_rounds), p.GetValue(_steps));
+        Report.Table([" variant", " dtype", "parameters, million", "state MB", "peak of all tensors over a step MB", "optimizer, ms a step"], variants.Select(v => new[]
+        {
+            $"{v["name"]}", $"{v["dtype"]}", Report.Cell(v["parameters"], 1, 1e6), Report.Cell(v["stateBytes"], 0, 1 << 20), Report.Cell(v["peakTensorBytes"], 0, 1 << 20), Report.Cell(v["optimizerMilliseconds"], 1),
+        }));
+        Report.Write(p.GetValue(_output), Report.Json(new { shape, device = Report.Device(), threads = get_num_threads(), variants }));
     }
 
     /// <summary>One turn of a variant.</summary>
@@ -135,22 +131,5 @@ internal sealed class OptimizerCommand
             optimizer.ZeroGrad();
             return clock.Elapsed.TotalSeconds;
         }
-    }
-
-    private static JsonObject Json(Shape shape, List<JsonObject> variants) => new()
-    {
-        ["shape"] = JsonSerializer.SerializeToNode(shape, s_json),
-        ["device"] = Report.Device(),
-        ["threads"] = get_num_threads(),
-        ["variants"] = new JsonArray([.. variants]),
-    };
-
-    private static void Table(JsonObject result)
-    {
-        static string Cell(JsonNode? n, double unit, string format) => (Report.Number(n!) / unit).ToString(format, CultureInfo.InvariantCulture);
-        Console.WriteLine("| variant | dtype | parameters, million | state, bytes | peak of all tensors over a step, bytes | optimizer, ms a step |");
-        Console.WriteLine("| --- | --- | ---: | ---: | ---: | ---: |");
-        foreach (var v in (JsonArray)result["variants"]!)
-            Console.WriteLine($"| {v!["name"]} | {v["dtype"]} | {Cell(v["parameters"], 1e6, "N1")} | {Cell(v["stateBytes"], 1, "N0")} | {Cell(v["peakTensorBytes"], 1, "N0")} | {Cell(v["optimizerMilliseconds"], 1, "N1")} |");
     }
 }

@@ -90,11 +90,9 @@ internal sealed class PlanCommand
         Console.WriteLine($"Longest sequence, in tokens, of one step over one document with a label on every token; predicted. GB of 2^30 bytes. Mini-sequence keeps each layer's input only, chunks are automatic.");
         Console.WriteLine(string.Join(Environment.NewLine, PlannedModels.Notes));
         string[] forms = [.. Enum.GetValues<Variant>().Select(Shape.Name)];
-        Console.WriteLine($"| model | setting | weights + state GB | {string.Join(" | ", PlannedModels.Gigabytes.SelectMany(gb => forms.Select((f, i) => i == 0 ? $"{gb} GB: {f}" : f)))} |");
-        Console.WriteLine($"| --- | --- | ---: |{string.Concat(Enumerable.Repeat(" ---: |", forms.Length * PlannedModels.Gigabytes.Count))}");
         List<PlannedModel> lines = [.. PlannedModels.All()];
-        foreach (var line in lines)
-            Console.WriteLine(string.Create(CultureInfo.InvariantCulture, $"| {line.Model} | {line.Setting} | {line.ResidentBytes / (double)(1L << 30):F1} | ") + string.Join(" | ", line.Longest.Select(n => n == 0 ? "-" : n.ToString("N0", CultureInfo.InvariantCulture))) + " |");
+        Report.Table([" model", " setting", "weights + state GB", .. PlannedModels.Gigabytes.SelectMany(gb => forms.Select((f, i) => i == 0 ? $"{gb} GB: {f}" : f))],
+            lines.Select(l => (string[])[l.Model, l.Setting, Report.Cell(l.ResidentBytes / (double)(1L << 30), 1), .. l.Longest.Select(n => n == 0 ? "-" : Report.Cell(n))]));
         return (new JsonObject { ["gigabytes"] = JsonSerializer.SerializeToNode(PlannedModels.Gigabytes, s_json), ["forms"] = JsonSerializer.SerializeToNode(forms, s_json), ["lines"] = JsonSerializer.SerializeToNode(lines, s_json) }, 0);
     }
 }

@@ -74,11 +74,12 @@ internal sealed class StepRunner : IDisposable
     /// <summary>The length at which the memory plan predicts that the budget is used up.</summary>
     public int PlannedLongest(long budgetBytes)
     {
-        long Planned(int seq) => new MemoryPlan(_shape.Config, (long)seq * _shape.Batch, (long)seq * _shape.Batch, _model.DType, _compute).PeakBytes;
-        int fits = 64;
-        for (int step = 1 << 24; step > 0; step >>= 1)
-            if (Planned(fits + step) <= budgetBytes) fits += step;
-        return fits;
+        var training = new TrainingMemory { Adapter = _shape.Lora > 0 ? new LoraConfig { R = _shape.Lora } : null };
+        return MemoryPlan.Longest(budgetBytes, seq =>
+        {
+            long rows = (long)seq * _shape.Batch;
+            return new MemoryPlan(_shape.Config, new BatchShape(rows, rows, rows, seq, _shape.Batch), _model.DType, _compute, training).PeakBytes;
+        });
     }
 
     private long Peak(int seq)

@@ -72,7 +72,7 @@ internal static class Worker
         var outcome = order.Kind switch
         {
             "step" => Step(order),
-            "longest" when order.Variant == Variant.MiniSequence => LongestOnLine(order),
+            "longest" when order.Variant == Variant.MiniSequence => LongestPlanned(order),
             "longest" => Longest(order),
             "gemm" => Gemm(order),
             _ => throw new ArgumentException($"Unknown order '{order.Kind}'."),
@@ -100,27 +100,28 @@ internal static class Worker
         };
     }
 
-    // A long run takes minutes: two shorter ones give the line on which its peak lies, and one at its end, a hundredth below, shows that it fits.
-    private static Outcome LongestOnLine(Order order)
+    // A long run takes minutes, and its peak is of another stage than a short one's: the memory plan gives the length, a hundredth below, and a run there shows that it fits.
+    private static Outcome LongestPlanned(Order order)
     {
         using var runner = new StepRunner(order.Shape, order.Variant, Shape.ParseDType(order.DType), optimizer: false, order.Compute);
-        int planned = Math.Max(16, runner.PlannedLongest(order.BudgetBytes)), seq = planned / 4;
-        long first = Peak(planned / 8), second = Peak(seq), peak;
-        double slope = Math.Max(1, (double)(second - first) / (seq - (planned / 8))), seconds;
-        int longest = (int)(0.99 * (seq + ((order.BudgetBytes - second) / slope)));
-        for (; ; longest -= 1 + (longest / 100) + (int)((peak - order.BudgetBytes) / slope))
+        int longest = (int)(0.99 * Math.Max(16, runner.PlannedLongest(order.BudgetBytes))), seq = longest / 4;
+        long shorter = Peak(seq), peak;
+        double slope, seconds;
+        while (true)
         {
-            if (longest < 2) return new Outcome { BaseBytes = runner.BaseTensorBytes };
             peak = 0;
             seconds = Turns.Seconds(() => peak = Peak(longest));
+            slope = Math.Max(1, (double)(peak - shorter) / (longest - seq));
             if (peak <= order.BudgetBytes) break;
+            longest -= 1 + (longest / 100) + (int)((peak - order.BudgetBytes) / slope);
+            if (longest <= seq) return new Outcome { BaseBytes = runner.BaseTensorBytes };
         }
         return new Outcome
         {
             Longest = longest,
             PeakTensorBytes = peak,
             BaseBytes = runner.BaseTensorBytes,
-            BytesPerToken = (double)(peak - second) / (longest - seq) / order.Shape.Batch,
+            BytesPerToken = slope / order.Shape.Batch,
             Seconds = order.Timed ? [seconds] : [],
         };
 
