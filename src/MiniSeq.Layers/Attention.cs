@@ -205,7 +205,7 @@ public static class Attention
     {
         if (logSumExp is not null && FlashKernel.Takes(q))
         {
-            var (dq, dk, dv) = (q.clone(), k.clone(), v.clone());
+            var (dq, dk, dv) = (q.contiguous().clone(), k.contiguous().clone(), v.contiguous().clone());
             new FlashKernel(q, k, scale, window, softcap).Backward_(dOutput, dq, dk, dv, Delta(dOutput, output), logSumExp);
             return (dq, dk, dv);
         }

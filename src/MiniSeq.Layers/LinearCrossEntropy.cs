@@ -72,8 +72,8 @@ public static class LinearCrossEntropy
     /// <param name="needsHiddenGradient">Whether dX is wanted.</param>
     /// <param name="softcap">As in <see cref="Loss"/>.</param>
     /// <param name="dropout">The rows' numbers; null drops nothing.</param>
-    /// <param name="gradientFilter">ε of Cut Cross-Entropy (arXiv 2411.09009): a token of the vocabulary whose softmax is below it in every row of the chunk, and that
-    /// is no label there, is left out of both gradient products. An approximation: each number that is left out is below ε · scale. Null leaves out nothing.
+    /// <param name="gradientFilter">ε of Cut Cross-Entropy (arXiv 2411.09009): a token of the vocabulary whose logit's gradient is below ε · scale in every row of the chunk (its
+    /// softmax is below ε, or above 1 − ε where it is the label) is left out of both gradient products: an approximation. Null leaves out nothing.
     /// No effect on a head with an adapter or a bias.</param>
     public static (Tensor LossSum, Tensor? HiddenGradient) Chunk(Tensor hidden, Projection head, Tensor labels, double? scale, bool needsHiddenGradient = true,
         double? softcap = null, DropoutRows? dropout = null, double? gradientFilter = null)
@@ -264,7 +264,7 @@ public static class LinearCrossEntropy
             if (_dHidden is not null)
             {
                 full = zeros([_shape[..^1].Aggregate(1L, (a, b) => a * b), _shape[^1]], _dHidden.dtype, _dHidden.device);
-                full.index_copy_(0, _rows, _dHidden.mul_(upstream.to(_dHidden.dtype)));
+                full.index_copy_(0, _rows, _dHidden.mul_(upstream.to(ScalarType.Float64).item<double>()));
             }
             Dispose(); // not when the graph dies, which may be a step later
             return full?.view(_shape).MoveToOuterDisposeScope();

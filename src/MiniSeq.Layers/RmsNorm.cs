@@ -34,7 +34,7 @@ public sealed class RmsNorm : nn.Module<Tensor, Tensor>
     /// <summary>y, same shape and type as x [.., d]. Records an ordinary autograd graph.</summary>
     public override Tensor forward(Tensor input)
     {
-        if (RowKernels.Take(input)) return RowKernels.Norm(input, _weight, _eps, _unitOffset);
+        if (RowKernels.Take(input, _weight)) return RowKernels.Norm(input, _weight, _eps, _unitOffset);
         using var scope = NewDisposeScope();
         var (normed, _) = Normalize(input);
         var y = _unitOffset ? (normed * Factor(normed.dtype)).to(input.dtype) : normed.to(input.dtype) * _weight;
@@ -47,7 +47,7 @@ public sealed class RmsNorm : nn.Module<Tensor, Tensor>
     {
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();
-        if (RowKernels.Take(x))
+        if (RowKernels.Take(x, _weight) && dy.dtype == x.dtype)
         {
             var (dx, dw) = RowKernels.NormBackward(x, dy, _weight, _eps, _unitOffset, _weight.requires_grad);
             if (dw is not null) Gradients.Accumulate(_weight, dw);

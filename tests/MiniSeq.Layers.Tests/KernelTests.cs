@@ -127,6 +127,57 @@ public sealed class KernelTests
     }
 
     [Fact]
+    public void AFilterMayLeaveOutEverything()
+    {
+        using var scope = NewDisposeScope();
+        using var head = new Projection(16, 64, dtype: ScalarType.BFloat16);
+        using (no_grad()) head.Weight.zero_().select(0, 3).fill_(100); // the label is certain
+        var (_, dx) = LinearCrossEntropy.Chunk(ones(4, 16, dtype: ScalarType.BFloat16), head, full([4], 3L), 1, gradientFilter: 1.0 / 4096);
+        Assert.Equal((0f, 0f), (dx!.to(ScalarType.Float32).abs().max().item<float>(), head.Weight.grad!.abs().max().item<float>()));
+    }
+
+    [Fact]
+    public void ALabelOutsideTheVocabularyIsAnError()
+    {
+        using var scope = NewDisposeScope();
+        using var head = new Projection(16, 64, dtype: ScalarType.BFloat16);
+        foreach (long label in new[] { -100L, 64 })
+            Assert.ThrowsAny<Exception>(() => LinearCrossEntropy.Chunk(Random(4, 16), head, full([4], label), 1));
+        Assert.ThrowsAny<Exception>(() => LinearCrossEntropy.Chunk(Random(4, 16), head, zeros(4, ScalarType.Int32), 1));
+    }
+
+    [Fact]
+    public void AFloat32NormTakesBFloat16Rows()
+    {
+        using var scope = NewDisposeScope();
+        using var noGrad = no_grad();
+        var x = Random(5, 32);
+        Close(Exact(new RmsNorm(32).forward(x)), Exact(new RmsNorm(32, dtype: ScalarType.Float64).forward(Exact(x))), 0.02);
+    }
+
+    [Fact]
+    public void AttentionTakesPermutedTensors()
+    {
+        using var scope = NewDisposeScope();
+        var (q, k, v, dy) = (Random(2, 40, 64), Random(2, 40, 64), Random(2, 40, 64), Random(2, 40, 64));
+        Tensor[] Gradients(Func<Tensor, Tensor> rows)
+        {
+            var result = Attention.Forward(rows(q), rows(k), rows(v), [40], 0.1);
+            var (dq, dk, dv) = Attention.Backward(rows(dy), rows(q), rows(k), rows(v), result, [40], 0.1);
+            return [dq, dk, dv];
+        }
+        foreach (var (got, want) in Gradients(t => t.transpose(0, 1)).Zip(Gradients(t => t.transpose(0, 1).contiguous()))) Close(Exact(got), Exact(want), 1e-6);
+    }
+
+    [Fact]
+    public void KeysThatDoNotFitTheQueriesAreAnError()
+    {
+        using var scope = NewDisposeScope();
+        Assert.ThrowsAny<Exception>(() => Attention.Forward(Random(40, 6, 64), Random(40, 4, 64), Random(40, 4, 64), [40], 0.1));
+        Assert.ThrowsAny<Exception>(() => Attention.Forward(Random(40, 4, 64), Random(40, 4, 64), Random(40, 4, 32), [40], 0.1));
+    }
+
+    [Fact]
     public void WhatAFilterLeavesOutIsBelowItsThreshold()
     {
         using var scope = NewDisposeScope();

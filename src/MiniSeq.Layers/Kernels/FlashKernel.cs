@@ -51,11 +51,18 @@ internal sealed unsafe class FlashKernel
         return sizeof(float) * ((Math.Min(Workers.Count, keyHeads * parts) * new BackwardScratch(width, length).Floats) + shared);
     }
 
+    private static void Check(Tensor q, Tensor k, Tensor v)
+    {
+        if (k.dtype != q.dtype || v.dtype != q.dtype || k.size(2) != q.size(2) || !k.shape.AsSpan().SequenceEqual(v.shape) || q.size(1) % k.size(1) != 0 || q.size(0) > k.size(0))
+            throw new ArgumentException($"Attention takes q [n, Hq, D] and k, v [T, Hkv, D] of one type, n ≤ T and Hq a multiple of Hkv, and got {q.dtype} [{string.Join(", ", q.shape)}], {k.dtype} [{string.Join(", ", k.shape)}] and {v.dtype} [{string.Join(", ", v.shape)}].");
+    }
+
     private long QueryTasks => (_n + (_rowBlocks * Queries) - 1) / (_rowBlocks * Queries);
 
     /// <summary>Output [n, Hq, D] and log-sum-exp [1, Hq, n].</summary>
     public (Tensor Output, Tensor LogSumExp) Forward(Tensor q, Tensor k, Tensor v)
     {
+        Check(q, k, v);
         using var scope = NewDisposeScope();
         (q, k, v) = (q.contiguous(), k.contiguous(), v.contiguous());
         var (output, sums) = (empty_like(q), empty([1, _heads, _n], ScalarType.Float32));
@@ -86,6 +93,7 @@ internal sealed unsafe class FlashKernel
     /// read to the end before their gradients are written.</remarks>
     public void Backward_(Tensor dOutput, Tensor q, Tensor k, Tensor v, Tensor delta, Tensor logSumExp)
     {
+        Check(q, k, v);
         using var scope = NewDisposeScope();
         (dOutput, delta, logSumExp) = (dOutput.contiguous(), delta.contiguous(), logSumExp.contiguous());
         int workers = Workers.Count;
@@ -97,7 +105,7 @@ internal sealed unsafe class FlashKernel
         var x = new BackwardArguments((ushort*)MatrixKernel.Pointer(dOutput), (ushort*)MatrixKernel.Pointer(q), (ushort*)MatrixKernel.Pointer(k), (ushort*)MatrixKernel.Pointer(v),
             (float*)MatrixKernel.Pointer(delta), (float*)MatrixKernel.Pointer(logSumExp));
         float* room = (float*)MatrixKernel.Pointer(scratch), sum = shared is null ? null : (float*)MatrixKernel.Pointer(shared);
-        var together = new Lock();
+        int[] added = new int[_keyHeads]; // parts of each head: one after the other, so that sums do not depend on who is done first
         Workers.Run(workers, _keyHeads * parts, (worker, task) =>
         {
             int head = task % _keyHeads;
@@ -109,11 +117,11 @@ internal sealed unsafe class FlashKernel
                 Round(at.Dv, x.V, head);
                 return;
             }
-            lock (together)
-            {
-                AddTo(sum, at.Dk, head);
-                AddTo(sum + (_length * _keyStride), at.Dv, head);
-            }
+            var wait = new SpinWait();
+            while (Volatile.Read(ref added[head]) < task / _keyHeads) wait.SpinOnce(); // tasks begin in order, so the part before is at work
+            AddTo(sum, at.Dk, head);
+            AddTo(sum + (_length * _keyStride), at.Dv, head);
+            Volatile.Write(ref added[head], (task / _keyHeads) + 1);
         });
         if (shared is null) return;
         k.copy_(shared[0]);

@@ -15,6 +15,9 @@ internal static unsafe class RowKernels
     /// <summary>Whether <see cref="MatrixKernel"/> takes these, rows are whole vectors, and no graph is to be recorded.</summary>
     public static bool Take(Tensor x) => MatrixKernel.Takes(x) && x.size(-1) % 16 == 0 && !is_grad_enabled();
 
+    /// <summary>Whether a norm of these has a kernel: as <see cref="Take(Tensor)"/>, and the weight is as wide and of the same type.</summary>
+    public static bool Take(Tensor x, Tensor weight) => Take(x) && weight.dtype == x.dtype && weight.numel() == x.size(-1);
+
     /// <summary>RMSNorm, y = x r w, r = (mean(x²) + ε)^−½; x r is rounded before it meets w, as in Hugging Face's code, or not rounded and multiplied by 1 + w (Gemma's).</summary>
     /// <param name="input">[.., d].</param>
     /// <param name="weight">[d].</param>
@@ -48,13 +51,15 @@ internal static unsafe class RowKernels
         using var scope = NewDisposeScope();
         var (x, dy, output) = (input.contiguous(), gradient.contiguous(), empty(input.shape, input.dtype));
         int d = (int)input.size(-1);
-        var sums = needsWeightGradient ? zeros([Workers.Count, d], ScalarType.Float32) : null;
+        int stripes = Workers.Count; // of rows, each with a sum of its own: the same sums whichever worker takes which
+        long rows = input.numel() / d;
+        var sums = needsWeightGradient ? zeros([stripes, d], ScalarType.Float32) : null;
         ushort* px = (ushort*)MatrixKernel.Pointer(x), pdy = (ushort*)MatrixKernel.Pointer(dy), w = (ushort*)MatrixKernel.Pointer(weight), pdx = (ushort*)MatrixKernel.Pointer(output);
         float* sum = sums is null ? null : (float*)MatrixKernel.Pointer(sums);
-        ForRows(input.numel() / d, d, (worker, row) =>
+        void Row(int stripe, long row)
         {
             ushort* a = px + (row * d), dya = pdy + (row * d), dxa = pdx + (row * d);
-            float* dw = sum + ((long)worker * d);
+            float* dw = sum + ((long)stripe * d);
             float inverse = InverseRms(a, d, eps);
             var r = Vector512.Create(inverse);
             Vector512<float> along = default;
@@ -67,6 +72,10 @@ internal static unsafe class RowKernels
             var mean = Vector512.Create(Vector512.Sum(along) / d);
             for (int c = 0; c < d; c += 16)
                 VectorMath.Store(r * ((VectorMath.Load(dya + c) * Factor(w + c, unitOffset)) - (VectorMath.Load(a + c) * r * mean)), dxa + c);
+        }
+        Workers.Run(stripes, stripes, (_, stripe) =>
+        {
+            for (long row = stripe * rows / stripes, end = (stripe + 1) * rows / stripes; row < end; row++) Row(stripe, row);
         });
         return (output.MoveToOuterDisposeScope(), sums?.sum(dim: 0).MoveToOuterDisposeScope());
     }

@@ -9,14 +9,19 @@ internal static unsafe class SoftmaxKernel
 {
     /// <summary>−log softmax(z)[label] summed over the rows. With a scale, z becomes scale · (softmax(z) − onehot(label)).</summary>
     /// <param name="logits">[rows, V] bfloat16, contiguous.</param>
-    /// <param name="labels">[rows] int64, contiguous.</param>
+    /// <param name="labels">[rows] int64.</param>
     /// <param name="scale">Null leaves the logits.</param>
+    /// <exception cref="ArgumentException">Labels of another type or number, or one outside 0..V−1.</exception>
     public static double CrossEntropy_(Tensor logits, Tensor labels, double? scale)
     {
         int rows = (int)logits.size(0), width = (int)logits.size(1);
+        if (labels.dtype != ScalarType.Int64 || labels.numel() != rows) throw new ArgumentException($"{rows} rows take as many labels of type Int64, and got {labels.numel()} of {labels.dtype}.", nameof(labels));
+        using var together = labels.contiguous();
         var losses = new double[rows];
         var z = (ushort*)MatrixKernel.Pointer(logits);
-        long* wanted = (long*)MatrixKernel.Pointer(labels);
+        long* wanted = (long*)MatrixKernel.Pointer(together);
+        for (int r = 0; r < rows; r++)
+            if ((ulong)wanted[r] >= (ulong)width) throw new ArgumentException($"Label {wanted[r]} of row {r} is outside the vocabulary 0..{width - 1}.", nameof(labels));
         Workers.Run(Workers.Count, rows, (_, r) => losses[r] = Row(z + ((long)r * width), width, (int)wanted[r], (float?)scale));
         return losses.Sum(); // in one order, whoever computed them
     }

@@ -21,8 +21,12 @@ internal static unsafe class WeightGradient
     /// <param name="accumulator">[m, n] float32, contiguous.</param>
     /// <param name="a">[rows, m] bfloat16.</param>
     /// <param name="b">[rows, n] bfloat16.</param>
+    /// <exception cref="ArgumentException">The factors differ in rows or type.</exception>
     public static void Add(Tensor accumulator, Tensor a, Tensor b)
     {
+        if (a.size(0) != b.size(0) || a.dtype != b.dtype)
+            throw new ArgumentException($"Factors of {a.size(0)} rows in {a.dtype} and {b.size(0)} in {b.dtype} have no product aᵀ b.", nameof(b));
+        if (a.size(1) == 0 || b.size(1) == 0) return;
         using var scope = NewDisposeScope();
         (a, b) = (a.contiguous(), b.contiguous());
         for (long start = 0; start < a.size(0); start += MostDepth)
