@@ -54,7 +54,7 @@ internal sealed class GrowthCommand
         // In a straight line from there: at short lengths more than it will be.
         if (before?.PeakTensorBytes * (double)seq / before?.Seq > (double)p.GetValue(_limit) * (1 << 20)) return null;
         var outcome = Worker.Start(new Order("step", _model.Shape(p) with { Seq = seq }, variant, dtype, p.GetValue(_steps), p.GetValue(_optimizer) != "none", 0,
-            _model.Compute(p, leastMemory: true), p.GetValue(_model.Threads), WarmUp: !(before?.Seconds > LongSeconds)));
+            _model.LeastCompute(p, null), p.GetValue(_model.Threads), WarmUp: !(before?.Seconds > LongSeconds)));
         double seconds = Report.Median(outcome.Seconds);
         Console.Error.WriteLine($"{seq} tokens: {name} {dtype} {Report.Cell(seconds, 2)} s, {Report.Megabytes(outcome.PeakTensorBytes)} MB");
         return new Point(name, dtype, seq, Math.Round(seq * (double)_model.Shape(p).Batch / seconds, 2), outcome.PeakTensorBytes, seconds);

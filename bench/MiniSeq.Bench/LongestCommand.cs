@@ -30,7 +30,7 @@ internal sealed class LongestCommand
             DTypes = _model.DTypes(p),
             Variants = _model.Variants(p),
             Threads = p.GetValue(_model.Threads),
-            Compute = _model.Compute(p, leastMemory: true),
+            Compute = _model.LeastCompute(p, 0),
         }.RunLongest(_model.BudgetBytes(p), p.GetValue(_timed));
         Report.Table([" variant", " dtype", "longest, tokens", "tensors MB", "bytes a further token", "of them layer inputs", "ratio", "tokens/s at the longest"],
             ((JsonArray)result["variants"]!).Select(v => new[]

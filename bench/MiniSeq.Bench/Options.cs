@@ -83,13 +83,14 @@ internal sealed class ModelOptions(Shape defaults, string dtype)
 
     public long BudgetBytes(ParseResult p) => (long)p.GetValue(_budget) << 20;
 
+    /// <summary>Options of mini-sequence within the budget.</summary>
+    public ComputeOptions Compute(ParseResult p) => new(p.GetValue(_chunk), p.GetValue(_recompute), BudgetBytes(p), p.GetValue(_offload));
+
+    /// <summary>The same where Auto keeps nothing, and mini-sequences have one size at all lengths.</summary>
     /// <param name="p">The command line.</param>
-    /// <param name="leastMemory">Whether Auto keeps nothing.</param>
-    public ComputeOptions Compute(ParseResult p, bool leastMemory = false)
-    {
-        var policy = p.GetValue(_recompute);
-        return new ComputeOptions(p.GetValue(_chunk), leastMemory && policy == RecomputePolicy.Auto ? RecomputePolicy.Full : policy, BudgetBytes(p), p.GetValue(_offload));
-    }
+    /// <param name="budgetBytes">0 asks for the smallest.</param>
+    public ComputeOptions LeastCompute(ParseResult p, long? budgetBytes) =>
+        Compute(p) with { Recompute = p.GetValue(_recompute) is var policy && policy == RecomputePolicy.Auto ? RecomputePolicy.Full : policy, MemoryBudgetBytes = budgetBytes };
 
     private static Variant ParseVariant(string name) => Enum.GetValues<Variant>().Cast<Variant?>().FirstOrDefault(v => Bench.Shape.Name(v!.Value) == name)
         ?? throw new ArgumentException($"--variants {name} is not known: write plain, recompute or mini-sequence.");

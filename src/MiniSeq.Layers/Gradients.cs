@@ -43,11 +43,24 @@ public static class Gradients
             AddProduct(existing, a, b);
             return;
         }
-        var dtype = AccumulationType(parameter.dtype);
-        using var at = a.t();
-        using var first = dtype == a.dtype ? at.mm(b) : zeros(parameter.shape, dtype, parameter.device);
-        if (dtype != a.dtype) AddProduct(first, a, b);
+        using var first = Product(a, b, AccumulationType(parameter.dtype));
         parameter.grad = first;
+    }
+
+    private static Tensor Product(Tensor a, Tensor b, ScalarType dtype)
+    {
+        using var at = a.t();
+        if (dtype == a.dtype) return at.mm(b);
+        long[] shape = [a.size(1), b.size(1)];
+        if (MatrixKernel.Takes(a) && dtype == ScalarType.Float32)
+        {
+            var written = empty(shape, dtype, a.device);
+            WeightGradient.Add(written, a, b, add: false);
+            return written;
+        }
+        var sum = zeros(shape, dtype, a.device);
+        AddProduct(sum, a, b);
+        return sum;
     }
 
     /// <summary>accumulator += aᵀ b. A 16-bit product is rounded before it is added, a block of rows at a time.</summary>

@@ -1,3 +1,4 @@
+using MiniSeq.Layers.Kernels;
 using TorchSharp.Modules;
 using static TorchSharp.torch;
 
@@ -67,7 +68,7 @@ public sealed class Projection : nn.Module<Tensor, Tensor>, IAdaptable
     /// <summary>dx = dy W, and through the adapter. Shapes: dy [rows, out], dx [rows, in].</summary>
     public Tensor InputGradient(Tensor dy, DropoutRows? dropout = null)
     {
-        var dx = dy.mm(_weight);
+        var dx = LongProduct.Takes(dy, _weight) ? LongProduct.Multiply(dy, _weight) : dy.mm(_weight);
         _adapter?.AddInputGradient(dx, dy, dropout);
         return dx;
     }

@@ -59,7 +59,7 @@ public static unsafe class TensorMemory
         try
         {
             mallopt(MmapMax, 0);
-            mallopt(TrimThreshold, int.MaxValue);
+            mallopt(TrimThreshold, -1); // never
             mallopt(TopPad, 64 << 20);
         }
         catch (EntryPointNotFoundException)

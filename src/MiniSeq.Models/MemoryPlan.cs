@@ -21,10 +21,12 @@ public enum RecomputePolicy
 }
 
 /// <summary>How a training step trades memory for time.</summary>
-/// <param name="ChunkSize">Rows of a mini-sequence in the layers and the LM head, or <see cref="Chunking.Auto"/>.</param>
+/// <param name="ChunkSize">Rows of a mini-sequence in the layers and the LM head, or <see cref="Chunking.Auto"/>: those of its rule, and fewer, down to
+/// <see cref="Chunking.FullSpeedRows"/>, where the budget is too small for them.</param>
 /// <param name="Recompute">What is kept for backward.</param>
-/// <param name="MemoryBudgetBytes">For <see cref="RecomputePolicy.Auto"/>: bytes that the step may use beyond weights, gradients and optimizer
-/// state. Null is a quarter of the memory that is free on the CPU, and on a GPU, whose free memory TorchSharp does not tell, the least; so with a folder to offload to.</param>
+/// <param name="MemoryBudgetBytes">Bytes that the step may use beyond weights, gradients and optimizer state; 0 asks for the least. Null, for <see cref="RecomputePolicy.Auto"/>, is a quarter of
+/// the memory that is free on the CPU; where another policy is given, on a GPU, whose free memory TorchSharp does not tell, and with a folder to offload to, null is no budget: nothing but inputs is kept unless
+/// the policy says so, in mini-sequences of the automatic size.</param>
 /// <param name="OffloadFolder">Folder, on a disk with room for L · rows · d numbers, where the layers' inputs wait for backward in a temporary file, so that only
 /// one layer's memory grows with the rows. Null keeps them in memory. On a GPU they wait in pinned host memory, and not in the folder.</param>
 /// <param name="GradientFilter">ε of Cut Cross-Entropy: tokens of the vocabulary whose softmax is below it in a whole mini-sequence are left out of the LM
@@ -41,7 +43,7 @@ public sealed class MemoryPlan
 {
     private const long MostBudgetBytes = 1L << 50; // no formula overflows below it
 
-    private readonly StepMemory _step;
+    private StepMemory _step; // with the sizes of mini-sequences that were picked
     private readonly TrainingMemory _training;
     private readonly RecomputePolicy[] _layers;
 
@@ -71,8 +73,11 @@ public sealed class MemoryPlan
         _training = training ?? new TrainingMemory();
         _step = new StepMemory(config, batch, dtype, options, _training.Adapter, device);
         _layers = new RecomputePolicy[config.NumHiddenLayers];
-        Array.Fill(_layers, options.Recompute == RecomputePolicy.Auto ? RecomputePolicy.Full : options.Recompute);
-        if (options.Recompute == RecomputePolicy.Auto) Fill(options.MemoryBudgetBytes ?? (options.OffloadFolder is null ? DefaultBudget(device) : 0));
+        bool anyPolicy = options.Recompute == RecomputePolicy.Auto;
+        Array.Fill(_layers, anyPolicy ? RecomputePolicy.Full : options.Recompute);
+        if ((options.MemoryBudgetBytes ?? (anyPolicy && options.OffloadFolder is null ? DefaultBudget(device) : null)) is not { } budget) return;
+        if (options.ChunkSize == Chunking.Auto) Shrink(budget);
+        if (anyPolicy) Fill(budget);
     }
 
     /// <summary>Rows of a mini-sequence in the layers.</summary>
@@ -112,6 +117,14 @@ public sealed class MemoryPlan
         return fits;
     }
 
+    // Half as many rows a mini-sequence, and half of that, until the least that must be held fits; not so few that products get slow.
+    private void Shrink(long budget)
+    {
+        static long Half(long rows) => Math.Min(rows, Math.Max(Chunking.FullSpeedRows, rows / 2));
+        while (PeakBytes > budget && Math.Max(_step.ChunkRows, _step.LogitRows) > Chunking.FullSpeedRows)
+            _step = _step with { ChunkRows = Half(_step.ChunkRows), LogitRows = Half(_step.LogitRows) };
+    }
+
     // Upgrades layers one by one, the last first, while the peak stays within the budget.
     private void Fill(long budget)
     {
@@ -126,5 +139,5 @@ public sealed class MemoryPlan
             }
     }
 
-    private static long DefaultBudget(Device? device) => device is null || device.type == DeviceType.CPU ? TensorMemory.AvailableBytes / 4 : 0;
+    private static long? DefaultBudget(Device? device) => device is null || device.type == DeviceType.CPU ? TensorMemory.AvailableBytes / 4 : null;
 }

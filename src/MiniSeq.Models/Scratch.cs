@@ -25,6 +25,9 @@ internal sealed class Scratch(ScalarType dtype, Device? device)
         return wide == element ? 0 : Math.Min(m, Math.Max(Gradients.FewestBlockRows, Gradients.BlockBytes / (n * element))) * n * (element + wide);
     }
 
+    /// <summary>Of the gradient of what the head reads.</summary>
+    public long HeadInput(long rows, DecoderConfig config) => HasKernel && LongProduct.Takes(rows, config.VocabSize, config.HiddenSize) ? LongProduct.Bytes : 0;
+
     /// <summary>Of the softmax of a chunk of logits: a block of rows in float32, where logits are not, and its tanh where they are capped.</summary>
     public long Softmax(long rows, DecoderConfig config)
     {

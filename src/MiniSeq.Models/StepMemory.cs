@@ -10,7 +10,7 @@ namespace MiniSeq.Models;
 /// backward of that layer holds, too, and the gradient besides.
 /// </summary>
 /// <remarks>Written S rows, r rows whose output is wanted (all but in the last layer), c rows of a chunk, d hidden, I intermediate, V vocabulary, Q and K the widths of all query and key heads.</remarks>
-internal sealed class StepMemory
+internal sealed record StepMemory
 {
     private readonly DecoderConfig _config;
     private readonly BatchShape _batch;
@@ -37,9 +37,11 @@ internal sealed class StepMemory
 
     public ParameterCounts Parameters { get; }
 
-    public long ChunkRows { get; }
+    /// <summary>Rows of a mini-sequence in the layers: of the automatic size, or the one asked for.</summary>
+    public long ChunkRows { get; init; }
 
-    public long LogitRows { get; }
+    /// <summary>The same in the LM head.</summary>
+    public long LogitRows { get; init; }
 
     /// <summary>From the head over the layers to the embedding.</summary>
     public IEnumerable<StepStage> Stages(IReadOnlyList<RecomputePolicy> policies)
@@ -80,7 +82,7 @@ internal sealed class StepMemory
 
     // The last layer's output and its gradient, and a chunk: its rows, their norm and gradient, the logits.
     private long Head => (2 * _batch.WantedRows * _d * _element) + (LogitRows * ((3 * _d) + _config.VocabSize) * _element)
-        + Math.Max(_scratch.Softmax(LogitRows, _config), Parameters.IsAdapted ? 0 : _scratch.Product(_config.VocabSize, _d, LogitRows));
+        + Math.Max(Math.Max(_scratch.Softmax(LogitRows, _config), _scratch.HeadInput(LogitRows, _config)), Parameters.IsAdapted ? 0 : _scratch.Product(_config.VocabSize, _d, LogitRows));
 
     // The gradient of a layer's output turns into that of its input. Three phases, each of which may hold most.
     private long Backward(int layer, RecomputePolicy policy)
@@ -112,8 +114,7 @@ internal sealed class StepMemory
         // two more, beside a weight's gradient. In forward, which makes gate and up in any case, three and no gradient.
         bool inPlace = _scratch.HasKernel && _config.HiddenAct == Activation.Silu && _config.IntermediateSize % 16 == 0;
         long one = c * _config.IntermediateSize * _element;
-        long biasRows = _config.MlpBias ? c : 0, there = kept ? 0 : 2;
-        long down = Weight(_d, _config.IntermediateSize, biasRows), gateUp = Weight(_config.IntermediateSize, _d, biasRows);
+        long there = kept ? 0 : 2, down = Weight(_d, _config.IntermediateSize, c, _config.MlpBias), gateUp = Weight(_config.IntermediateSize, _d, c, _config.MlpBias);
         long products = Math.Max(3 * one, (there * one) + (inPlace ? Math.Max(one + down, gateUp) : Math.Max((2 * one) + down, (3 * one) + gateUp)));
         long norm = c * ((_d * _scratch.NormBackward(_d)) + (_config.PostNorms && !kept ? 2L * _config.IntermediateSize * _element : 0));
         return (c * (_config.PostNorms ? 5 : 3) * _d * _element) + Math.Max(products, norm);
@@ -123,23 +124,23 @@ internal sealed class StepMemory
     private long OutputChunk(long c, bool inPlace)
     {
         long sums = inPlace ? 2 * Math.Min(c, Chunking.FullSpeedRows) * _queries * sizeof(float) : 0;
-        long product = Math.Max((c * _queries * _element) + sums, Weight(_d, _queries, _config.OutputBias ? c : 0));
+        long product = Math.Max((c * _queries * _element) + sums, Weight(_d, _queries, c, _config.OutputBias));
         return _config.PostNorms ? Math.Max(c * _d * (_element + _scratch.NormBackward(_d)), (2 * c * _d * _element) + product) : product;
     }
 
     // The norm of the rows and its gradient; heads before their own norm and that norm's way back, and then its result beside a weight's gradient; or the norm's way back.
     private long HeadsChunk(long c, long width)
     {
-        long weight = Weight(width, _d, _config.QkvBias ? c : 0);
+        long weight = Weight(width, _d, c, _config.QkvBias);
         long heads = _config.QkNorm ? (c * width * _element) + Math.Max(c * width * _scratch.NormBackward(_config.HeadDim), (c * width * _element) + weight) : weight;
         return (2 * c * _d * _element) + Math.Max(heads, c * _d * _scratch.NormBackward(_d));
     }
 
-    // Beside a product with a weight [m, n]: what accumulating its gradient takes, and its bias's from so many rows; or the adapter's matrices in the
+    // Beside a product of c rows with a weight [m, n]: what accumulating its gradient takes, and its bias's; or the adapter's matrices in the
     // type of the rows, with what accumulating their gradients takes.
-    private long Weight(long m, long n, long biasRows) => Parameters.IsAdapted
-        ? (2 * Parameters.Trained(1) / 7 * _element) + Math.Max(_scratch.Product(m, Parameters.Rank, ChunkRows), _scratch.Product(Parameters.Rank, n, ChunkRows))
-        : Math.Max(_scratch.Product(m, n, ChunkRows), Scratch.Bias(biasRows, m, DType));
+    private long Weight(long m, long n, long c, bool bias) => Parameters.IsAdapted
+        ? (2 * Parameters.Trained(1) / 7 * _element) + Math.Max(_scratch.Product(m, Parameters.Rank, c), _scratch.Product(Parameters.Rank, n, c))
+        : Math.Max(_scratch.Product(m, n, c), bias ? Scratch.Bias(c, m, DType) : 0);
 
     private long AttentionScratch(int layer, long r)
     {

@@ -72,6 +72,7 @@ let private case =
         let! keeps =
             Gen.elements [ RecomputePolicy.Full; RecomputePolicy.KeepAttention; RecomputePolicy.None ]
 
+        let! budget = maybe (Gen.elements [ 0L; 10_000_000L; 100_000_000L ])
         let! rank = Gen.elements [ 0; 0; 8 ]
 
         return
@@ -81,7 +82,7 @@ let private case =
                 Length = length
                 Documents = documents
                 Targets = int (float (length - 1) * labelled)
-                Compute = ComputeOptions(chunk, keeps)
+                Compute = ComputeOptions(chunk, keeps, budget)
                 Rank = rank
             }
     }

@@ -1,4 +1,5 @@
 using MiniSeq.Layers;
+using TorchSharp.Modules;
 using static MiniSeq.Tests.Reference;
 using static TorchSharp.torch;
 
@@ -70,10 +71,32 @@ public sealed class KernelTests
         Gradients.AddProduct(sum, a, b);
         // Float32 sums in the kernel; elsewhere each block of products is rounded to bfloat16 first.
         Close(Exact(sum), want, 0.01 * want.abs().max().item<double>());
+        using var weight = new Parameter(empty(m, n, dtype: ScalarType.BFloat16));
+        foreach (int count in new[] { 0, rows, 0 }) Gradients.AccumulateProduct(weight, a.narrow(0, 0, count), b.narrow(0, 0, count)); // the first makes the gradient
+        Close(Exact(weight.grad!), Exact(a).t().mm(Exact(b)), 0.01 * want.abs().max().item<double>());
+        using var written = new Parameter(empty(m, n, dtype: ScalarType.BFloat16));
+        Gradients.AccumulateProduct(written, a, b);
+        Assert.Equal(0, (written.grad! - weight.grad!).abs().max().item<float>());
         // A column of a wider matrix is no contiguous tensor.
         var wide = zeros(m, n + 2);
         Gradients.AddProduct(wide.narrow(1, 1, n), a, b);
         Assert.Equal(0, wide.select(1, 0).abs().max().item<float>());
+    }
+
+    [Theory]
+    [InlineData(64, 512, 16)]
+    [InlineData(257, 8224, 272)]
+    [InlineData(600, 4128, 256)]
+    [InlineData(63, 512, 16)]   // too few rows for the kernel
+    [InlineData(64, 510, 16)]   // too few terms
+    public void AHeadsInputGradientEqualsFloat64(int rows, int vocabulary, int width)
+    {
+        using var scope = NewDisposeScope();
+        random.manual_seed(3);
+        using var head = new Projection(width, vocabulary, dtype: ScalarType.BFloat16);
+        var dLogits = Random(rows, vocabulary);
+        var want = Exact(dLogits).mm(Exact(head.Weight));
+        Close(Exact(head.InputGradient(dLogits)), want, 0.005 * want.abs().max().item<double>());
     }
 
     [Theory]

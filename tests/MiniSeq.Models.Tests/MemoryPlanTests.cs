@@ -45,6 +45,7 @@ public sealed class MemoryPlanTests
     [InlineData("one layer", 2400, 0.05, 256, RecomputePolicy.Full, ScalarType.Float32)]
     [InlineData("one layer", 1200, 1, Chunking.Auto, RecomputePolicy.Full, ScalarType.Float32)]
     [InlineData("large vocabulary", 1024, 1, 512, RecomputePolicy.Full, ScalarType.BFloat16)]
+    [InlineData("large vocabulary", 1024, 1, Chunking.Auto, RecomputePolicy.Auto, ScalarType.BFloat16)]
     [InlineData("tied, biases", 1200, 1, 256, RecomputePolicy.Full, ScalarType.Float32)]
     [InlineData("window", 1200, 1, 256, RecomputePolicy.Full, ScalarType.Float32)]
     [InlineData("window", 1000, 1, 128, RecomputePolicy.KeepAttention, ScalarType.BFloat16)]
@@ -195,6 +196,23 @@ public sealed class MemoryPlanTests
         var some = Plan(room);
         Assert.InRange(some.PeakBytes, least.PeakBytes + 1, room);
         Assert.DoesNotContain(RecomputePolicy.Auto, some.Layers);
+    }
+
+    [Fact]
+    public void MiniSequencesAreOfASizeThatTheBudgetAllows()
+    {
+        MemoryPlan Plan(long? budget, RecomputePolicy policy = RecomputePolicy.Full, int chunk = Chunking.Auto) =>
+            new(s_models["large vocabulary"], 8192, 8191, ScalarType.Float32, new ComputeOptions(chunk, policy, budget));
+        (long, long) Sizes(MemoryPlan plan) => (plan.ChunkRows, plan.LogitRows);
+        var (usual, least, most) = (Plan(null), Plan(0), Plan(1L << 40, RecomputePolicy.None));
+        Assert.Equal((8192, 1024), Sizes(usual));
+        Assert.Equal((256, 256), Sizes(least));
+        Assert.Equal(Sizes(usual), Sizes(most));
+        Assert.Equal(Sizes(usual), Sizes(Plan(usual.PeakBytes)));
+        Assert.Equal((64, 64), Sizes(Plan(0, chunk: 64)));
+        Assert.InRange(least.PeakBytes, 1, usual.PeakBytes / 2);
+        for (long budget = least.PeakBytes; budget < most.PeakBytes * 11 / 10; budget += most.PeakBytes / 20)
+            Assert.InRange(Plan(budget, RecomputePolicy.Auto).PeakBytes, least.PeakBytes, budget);
     }
 
     private static (BatchShape Shape, Func<TokenBatch> Make) Batch(int length, double labelled, int documents)

@@ -382,15 +382,16 @@ internal sealed unsafe class FlashKernel
     private void BackwardTile(BackwardMemory at, int tile, long first, int count, long from, int length)
     {
         if (count == 0 || from > first + count - 1 || from + length <= FirstKey(first)) return;
+        int keys = Math.Min(BackwardKeys, Padded((int)Math.Min(BackwardKeys, first + count - from))); // up to the last that a query of the tile sees
         ushort* qColumns = at.Operand(tile, 0), qRows = at.Operand(tile, 1), dyColumns = at.Operand(tile, 2), dyRows = at.Operand(tile, 3);
-        MatrixKernel.Multiply(BackwardKeys, Queries, _width, at.K, _width, qColumns, Queries, at.Scores, Queries, add: false);   // sᵀ
-        MatrixKernel.Multiply(BackwardKeys, Queries, _width, at.V, _width, dyColumns, Queries, at.DScores, Queries, add: false); // (dy vᵀ)ᵀ
+        MatrixKernel.Multiply(keys, Queries, _width, at.K, _width, qColumns, Queries, at.Scores, Queries, add: false);   // sᵀ
+        MatrixKernel.Multiply(keys, Queries, _width, at.V, _width, dyColumns, Queries, at.DScores, Queries, add: false); // (dy vᵀ)ᵀ
         bool whole = count == Queries && length == BackwardKeys && from + length - 1 <= first && from >= FirstKey(first + Queries - 1);
-        for (int r = 0; r < BackwardKeys; r += 2)
+        for (int r = 0; r < keys; r += 2)
             ScoreGradients(at, tile, r, whole ? (0, Queries) : Seen(first - from - r, r < length ? count : 0), whole ? (0, Queries) : Seen(first - from - r - 1, r + 1 < length ? count : 0));
-        MatrixKernel.Multiply(BackwardKeys, _width, Queries, (ushort*)at.Scores, 2 * Queries, dyRows, _width, at.Dv + (from * _width), _width, add: true);
-        MatrixKernel.Multiply(BackwardKeys, _width, Queries, (ushort*)at.DScores, 2 * Queries, qRows, _width, at.Dk + (from * _width), _width, add: true);
-        MatrixKernel.Multiply(_width, Queries, BackwardKeys, at.Kt, BackwardKeys, at.Packed, Queries, at.Dq(tile), Queries, add: true);
+        MatrixKernel.Multiply(keys, _width, Queries, (ushort*)at.Scores, 2 * Queries, dyRows, _width, at.Dv + (from * _width), _width, add: true);
+        MatrixKernel.Multiply(keys, _width, Queries, (ushort*)at.DScores, 2 * Queries, qRows, _width, at.Dk + (from * _width), _width, add: true);
+        MatrixKernel.Multiply(_width, Queries, keys, at.Kt, BackwardKeys, at.Packed, Queries, at.Dq(tile), Queries, add: true);
     }
 
     // Which queries of a tile see a key: from low to high. The distance is that of the tile's first query to it.
