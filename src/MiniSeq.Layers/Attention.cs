@@ -60,8 +60,10 @@ public static class Attention
     /// <param name="window">How many tokens a token sees, itself among them (Hugging Face <c>sliding_window</c>); null is all before it.</param>
     /// <param name="softcap">Scores s become softcap · tanh(s / softcap) (Gemma 2, <c>attn_logit_softcapping</c>); null leaves them.</param>
     /// <param name="queries">Where q has only the last rows of each document, how many; null is all of them.</param>
+    /// <exception cref="ArgumentException">Types or shapes do not fit.</exception>
     public static Result Forward(Tensor q, Tensor k, Tensor v, IReadOnlyList<long> lengths, double scale, long? window = null, double? softcap = null, IReadOnlyList<long>? queries = null)
     {
+        Check(q, k, v, lengths, queries);
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();
         var sums = new List<Tensor?>();
@@ -107,6 +109,7 @@ public static class Attention
     public static void Backward_(Tensor dOutput, Tensor q, Tensor k, Tensor v, Tensor delta, IReadOnlyList<Tensor?> logSumExp, IReadOnlyList<long> lengths, double scale,
         long? window = null, double? softcap = null, IReadOnlyList<long>? queries = null)
     {
+        Check(q, k, v, lengths, queries, dOutput);
         using var scope = NewDisposeScope();
         foreach (var (document, lse) in Documents(lengths, queries).Zip(logSumExp))
         {
@@ -120,6 +123,7 @@ public static class Attention
     public static (Tensor Dq, Tensor Dk, Tensor Dv) Backward(Tensor dOutput, Tensor q, Tensor k, Tensor v, Result forward, IReadOnlyList<long> lengths, double scale,
         long? window = null, double? softcap = null, IReadOnlyList<long>? queries = null)
     {
+        Check(q, k, v, lengths, queries, dOutput);
         using var scope = NewDisposeScope();
         Tensor? dq = null, dk = null, dv = null;
         foreach (var (document, lse) in Documents(lengths, queries).Zip(forward.LogSumExp))
@@ -148,6 +152,7 @@ public static class Attention
         using var scope = NewDisposeScope();
         using var noGrad = no_grad();
         if (q.size(0) != 1 && q.size(0) != k.size(0)) throw new ArgumentException($"{q.size(0)} new rows of {k.size(0)}: give one row, or all.", nameof(q));
+        Check(q, k, v, [k.size(0)], [q.size(0)]);
         if (q.size(0) == 1 && window < k.size(0))
             (k, v) = (k.narrow(0, k.size(0) - window.Value, window.Value), v.narrow(0, v.size(0) - window.Value, window.Value));
         return One(q, k, v, scale, window, softcap).Output.MoveToOuterDisposeScope();
@@ -164,6 +169,17 @@ public static class Attention
         var hidden = TiledAttention.Hidden(0, q.size(2), 0, k.size(2), window, q.device);
         var p = scores.masked_fill(hidden, double.NegativeInfinity).softmax(-1, Layers.Gradients.AccumulationType(q.dtype)).to(q.dtype);
         return p.matmul(Repeated(v)).MoveToOuterDisposeScope();
+    }
+
+    // Kernels see memory, not tensors: nothing that does not fit may reach them.
+    private static void Check(Tensor q, Tensor k, Tensor v, IReadOnlyList<long> lengths, IReadOnlyList<long>? queries, Tensor? dOutput = null)
+    {
+        long rows = lengths.Sum(), n = (queries ?? lengths).Sum();
+        bool fits = q.dim() == 3 && k.dim() == 3 && k.shape.AsSpan().SequenceEqual(v.shape) && q.size(2) == k.size(2) && q.size(1) % k.size(1) == 0 && q.size(0) == n && k.size(0) == rows
+            && k.dtype == q.dtype && v.dtype == q.dtype && (dOutput is null || (dOutput.dtype == q.dtype && dOutput.shape.AsSpan().SequenceEqual(q.shape)));
+        static string Of(Tensor t) => $"{t.dtype} [{string.Join(", ", t.shape)}]";
+        if (!fits)
+            throw new ArgumentException($"Attention of {n} queries over {rows} rows takes q [{n}, Hq, D], k and v [{rows}, Hkv, D] and, in backward, dy like q, all of one type and Hq a multiple of Hkv; it got q {Of(q)}, k {Of(k)}, v {Of(v)}{(dOutput is null ? "" : $", dy {Of(dOutput)}")}.");
     }
 
     /// <summary>A document's rows among all, and those of its queries among these.</summary>

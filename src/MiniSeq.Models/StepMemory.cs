@@ -103,6 +103,7 @@ internal sealed record StepMemory
         long mlp = recomputed + own + dOutput + Math.Max(MlpChunk(c, policy == RecomputePolicy.None), OutputChunk(c, inPlace));
         long attention = recomputed + own + dOutput + (inPlace ? FlashKernel.BackwardBytes(_batch.LongestDocument, _config.NumKeyValueHeads, _config.HeadDim) : Heads(r) + AttentionScratch(layer, r));
         long heads = inPlace && policy == RecomputePolicy.None ? 0 : Heads(r);
+        // dq is done with, and as large as output, when the gradients of k and v go on.
         heads += partly ? Math.Max(own + HeadsChunk(c, _queries), Input + HeadsChunk(ChunkRows, _keys) - output) : HeadsChunk(c, _queries);
         return (r * _d * _element) + Math.Max(mlp, Math.Max(attention, heads));
     }

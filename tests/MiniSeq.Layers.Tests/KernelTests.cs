@@ -196,8 +196,21 @@ public sealed class KernelTests
     public void KeysThatDoNotFitTheQueriesAreAnError()
     {
         using var scope = NewDisposeScope();
-        Assert.ThrowsAny<Exception>(() => Attention.Forward(Random(40, 6, 64), Random(40, 4, 64), Random(40, 4, 64), [40], 0.1));
-        Assert.ThrowsAny<Exception>(() => Attention.Forward(Random(40, 4, 64), Random(40, 4, 64), Random(40, 4, 32), [40], 0.1));
+        foreach (var dtype in new[] { ScalarType.BFloat16, ScalarType.Float32 })
+        {
+            Tensor Of(params long[] shape) => randn(shape).to(dtype);
+            var (q, k, v) = (Of(40, 4, 64), Of(40, 4, 64), Of(40, 4, 64));
+            var y = Attention.Forward(q, k, v, [40], 0.1);
+            Refused($"q {dtype} [40, 6, 64]", () => Attention.Forward(Of(40, 6, 64), k, v, [40], 0.1));
+            Refused($"v {dtype} [40, 4, 32]", () => Attention.Forward(q, k, Of(40, 4, 32), [40], 0.1));
+            Refused("over 39 rows", () => Attention.Forward(q, k, v, [39], 0.1));
+            Refused("39 queries", () => Attention.Forward(q, k, v, [40], 0.1, queries: [39]));
+            Refused("Float64", () => Attention.Forward(q, k.to(ScalarType.Float64), v, [40], 0.1));
+            Refused($"dy {dtype} [39, 4, 64]", () => Attention.Backward(Of(39, 4, 64), q, k, v, y, [40], 0.1));
+            Refused($"k {dtype} [40, 3, 64]", () => Attention.WithCache(q, Of(40, 3, 64), v, 0.1));
+        }
+
+        static void Refused(string part, Action body) => Assert.Contains(part, Assert.Throws<ArgumentException>(body).Message);
     }
 
     [Fact]

@@ -11,7 +11,7 @@ namespace MiniSeq.Layers.Kernels;
 /// </summary>
 /// <remarks>
 /// q [n, Hq, D] are the last n of the rows of k and v [T, Hkv, D]; D a multiple of 16. Scores, softmax and all sums are float32; exponents count in
-/// powers of two. Heads that share keys go together, so that these are packed once for all of them.
+/// powers of two. <see cref="Attention"/> has checked that shapes and types fit. Heads that share keys go together, so that these are packed once for all of them.
 /// </remarks>
 internal sealed unsafe class FlashKernel
 {
@@ -51,18 +51,11 @@ internal sealed unsafe class FlashKernel
         return sizeof(float) * ((Math.Min(Workers.Count, keyHeads * parts) * new BackwardScratch(width, length).Floats) + shared);
     }
 
-    private static void Check(Tensor q, Tensor k, Tensor v)
-    {
-        if (k.dtype != q.dtype || v.dtype != q.dtype || k.size(2) != q.size(2) || !k.shape.AsSpan().SequenceEqual(v.shape) || q.size(1) % k.size(1) != 0 || q.size(0) > k.size(0))
-            throw new ArgumentException($"Attention takes q [n, Hq, D] and k, v [T, Hkv, D] of one type, n ≤ T and Hq a multiple of Hkv, and got {q.dtype} [{string.Join(", ", q.shape)}], {k.dtype} [{string.Join(", ", k.shape)}] and {v.dtype} [{string.Join(", ", v.shape)}].");
-    }
-
     private long QueryTasks => (_n + (_rowBlocks * Queries) - 1) / (_rowBlocks * Queries);
 
     /// <summary>Output [n, Hq, D] and log-sum-exp [1, Hq, n].</summary>
     public (Tensor Output, Tensor LogSumExp) Forward(Tensor q, Tensor k, Tensor v)
     {
-        Check(q, k, v);
         using var scope = NewDisposeScope();
         (q, k, v) = (q.contiguous(), k.contiguous(), v.contiguous());
         var (output, sums) = (empty_like(q), empty([1, _heads, _n], ScalarType.Float32));
@@ -93,7 +86,6 @@ internal sealed unsafe class FlashKernel
     /// read to the end before their gradients are written.</remarks>
     public void Backward_(Tensor dOutput, Tensor q, Tensor k, Tensor v, Tensor delta, Tensor logSumExp)
     {
-        Check(q, k, v);
         using var scope = NewDisposeScope();
         (dOutput, delta, logSumExp) = (dOutput.contiguous(), delta.contiguous(), logSumExp.contiguous());
         int workers = Workers.Count;
