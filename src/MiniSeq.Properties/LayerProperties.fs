@@ -257,6 +257,31 @@ let ``a loss counts its labels, and without any is zero with zero gradients`` (c
         .&. (List.forall (snd >> Option.isSome) outcome |> Prop.label "a gradient is missing")
         .&. agreeWithin 0.0 outcome [ for name, t in outcome -> name, Option.bind zero t ])
 
+/// Shapes on both sides of where a kernel begins: 64 rows, 16 terms a column, whole vectors.
+let private headInputShape =
+    gen {
+        let! rows = Gen.elements [ 1; 63; 64; 65; 256; 257; 600 ]
+        let! width = Gen.elements [ 1; 16; 24; 48; 272 ]
+        let! termsOfColumn = Gen.elements [ 8; 16; 17; 33 ]
+        let! more = Gen.elements [ 0; 1; 2; 32 ]
+        return rows, width, width * termsOfColumn + more
+    }
+
+[<Fact>]
+let ``the gradient of what a bfloat16 head reads equals that in float64`` () =
+    let equal (rows: int, width: int, vocabulary: int) =
+        inScope (fun () ->
+            use head = new Projection(width, vocabulary, dtype = torch.bfloat16)
+            prepare rows [] head
+            let exact (t: Tensor) = t.``to`` torch.float64
+            let dLogits = torch.randn(rows, vocabulary).``to`` torch.bfloat16
+            let want = (exact dLogits).mm (exact head.Weight)
+            let bound = 0.005 * (want.abs().max().item<float> ())
+            let error = (exact (head.InputGradient dLogits) - want).abs().max().item<float> ()
+            error <= bound |> Prop.label $"{error} and not {bound}")
+
+    Check.One(Config.QuickThrowOnFailure.WithMaxTest 50, Prop.forAll (Arb.fromGen headInputShape) equal)
+
 let private memoryIsBounded (c: MemoryCase) =
     let type' = dtype c.Precision
     let accumulator = int64 ((Gradients.AccumulationType type').ElementSize())
