@@ -89,8 +89,11 @@ internal sealed class ModelOptions(Shape defaults, string dtype)
     /// <summary>The same where Auto keeps nothing, and mini-sequences have one size at all lengths.</summary>
     /// <param name="p">The command line.</param>
     /// <param name="budgetBytes">0 asks for the smallest.</param>
-    public ComputeOptions LeastCompute(ParseResult p, long? budgetBytes) =>
-        Compute(p) with { Recompute = p.GetValue(_recompute) is var policy && policy == RecomputePolicy.Auto ? RecomputePolicy.Full : policy, MemoryBudgetBytes = budgetBytes };
+    public ComputeOptions LeastCompute(ParseResult p, long? budgetBytes)
+    {
+        var asked = Compute(p);
+        return asked with { Recompute = asked.Recompute == RecomputePolicy.Auto ? RecomputePolicy.Full : asked.Recompute, MemoryBudgetBytes = budgetBytes };
+    }
 
     private static Variant ParseVariant(string name) => Enum.GetValues<Variant>().Cast<Variant?>().FirstOrDefault(v => Bench.Shape.Name(v!.Value) == name)
         ?? throw new ArgumentException($"--variants {name} is not known: write plain, recompute or mini-sequence.");

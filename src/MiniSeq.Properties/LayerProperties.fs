@@ -275,9 +275,9 @@ let ``the gradient of what a bfloat16 head reads equals that in float64`` () =
             prepare rows [] head
             let exact (t: Tensor) = t.``to`` torch.float64
             let dLogits = torch.randn(rows, vocabulary).``to`` torch.bfloat16
-            let want = (exact dLogits).mm (exact head.Weight)
-            let bound = 0.005 * (want.abs().max().item<float> ())
-            let error = (exact (head.InputGradient dLogits) - want).abs().max().item<float> ()
+            let want = (exact dLogits).mm(exact head.Weight)
+            let bound = 0.005 * (want.abs().max().item<float>())
+            let error = (exact (head.InputGradient dLogits) - want).abs().max().item<float>()
             error <= bound |> Prop.label $"{error} and not {bound}")
 
     Check.One(Config.QuickThrowOnFailure.WithMaxTest 50, Prop.forAll (Arb.fromGen headInputShape) equal)

@@ -48,7 +48,7 @@ internal static unsafe class WeightGradient
         long left = (long)TileRows * depth;
         var (packed, scratch) = (empty([n, depth], ScalarType.BFloat16), empty([workers, 2 * left], ScalarType.BFloat16));
         ushort* pa = (ushort*)MatrixKernel.Pointer(a), pb = (ushort*)MatrixKernel.Pointer(b), pp = (ushort*)MatrixKernel.Pointer(packed), ps = (ushort*)MatrixKernel.Pointer(scratch);
-        float* ts = (float*)MatrixKernel.Pointer(sum);
+        float* target = (float*)MatrixKernel.Pointer(sum);
         int across = (n + TileColumns - 1) / TileColumns, down = (m + TileRows - 1) / TileRows;
         Workers.Run(workers, across, (_, task) =>
         {
@@ -63,7 +63,7 @@ internal static unsafe class WeightGradient
             int first = task % parts * together, end = Math.Min(across, first + together);
             if (first >= end) return;
             ushort* at = ps + (worker * 2 * left), pairs = at + left;
-            float* sums = ts + ((long)row * n);
+            float* sums = target + ((long)row * n);
             Prefetch(sums, n, count, first);
             Tiles.TransposeRows(pa + row, m, rows, depth, count, at, pairs);
             for (int tile = first; tile < end; tile++)
