@@ -84,7 +84,12 @@ internal sealed class ModelOptions(Shape defaults, string dtype)
     public long BudgetBytes(ParseResult p) => (long)p.GetValue(_budget) << 20;
 
     /// <summary>Options of mini-sequence within the budget.</summary>
-    public ComputeOptions Compute(ParseResult p) => new(p.GetValue(_chunk), p.GetValue(_recompute), BudgetBytes(p), p.GetValue(_offload));
+    public ComputeOptions Compute(ParseResult p)
+    {
+        string? folder = p.GetValue(_offload);
+        if (folder is not null && !Directory.Exists(folder)) throw new ArgumentException($"--offload {folder} is not a folder that exists.");
+        return new ComputeOptions(p.GetValue(_chunk), p.GetValue(_recompute), BudgetBytes(p), folder);
+    }
 
     /// <summary>The same where Auto keeps nothing, and mini-sequences have one size at all lengths.</summary>
     /// <param name="p">The command line.</param>

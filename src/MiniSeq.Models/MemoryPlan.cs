@@ -32,7 +32,24 @@ public enum RecomputePolicy
 /// <param name="GradientFilter">ε of Cut Cross-Entropy: tokens of the vocabulary whose softmax is below it in a whole mini-sequence are left out of the LM
 /// head's gradients (<see cref="LinearCrossEntropy.Chunk"/>). 2^−12 is the paper's. An approximation; null, the default, is exact.</param>
 public sealed record ComputeOptions(int ChunkSize = Chunking.Auto, RecomputePolicy Recompute = RecomputePolicy.Auto, long? MemoryBudgetBytes = null, string? OffloadFolder = null,
-    double? GradientFilter = null);
+    double? GradientFilter = null)
+{
+    /// <summary>Throws where an option is outside its range. Whether the folder is there is not looked at.</summary>
+    /// <exception cref="ArgumentOutOfRangeException">Names the option, its value and its range.</exception>
+    public void Validate()
+    {
+        Check(ChunkSize >= 0, nameof(ChunkSize), ChunkSize, "positive, or 0 for the automatic rule");
+        Check(Enum.IsDefined(Recompute), nameof(Recompute), Recompute, "Auto, Full, KeepAttention or None");
+        Check(MemoryBudgetBytes is null or >= 0, nameof(MemoryBudgetBytes), MemoryBudgetBytes, "positive, 0 for the least memory, or null");
+        Check(OffloadFolder is not "", nameof(OffloadFolder), OffloadFolder, "a folder, or null to keep the layers' inputs in memory");
+        Check(GradientFilter is null or (> 0 and < 1), nameof(GradientFilter), GradientFilter, "between 0 and 1, or null for exact gradients");
+
+        static void Check(bool holds, string name, object? value, string range)
+        {
+            if (!holds) throw new ArgumentOutOfRangeException(name, value, $"{name} must be {range}.");
+        }
+    }
+}
 
 /// <summary>The memory of one training step as a formula of its shape, and what each layer keeps under it.</summary>
 /// <remarks>
@@ -66,10 +83,11 @@ public sealed class MemoryPlan
     /// <param name="options">Chunk size, policy and budget.</param>
     /// <param name="training">What is trained and how; null is full training with AdamW in float32.</param>
     /// <param name="device">Where it runs; null is the CPU.</param>
-    /// <exception cref="ArgumentOutOfRangeException">No row, more targets than rows, or a negative chunk size.</exception>
+    /// <exception cref="ArgumentOutOfRangeException">No row, more targets than rows, or an option outside its range.</exception>
     public MemoryPlan(DecoderConfig config, BatchShape batch, ScalarType dtype, ComputeOptions options, TrainingMemory? training = null, Device? device = null)
     {
         batch.Validate();
+        options.Validate();
         _training = training ?? new TrainingMemory();
         _step = new StepMemory(config, batch, dtype, options, _training.Adapter, device);
         _layers = new RecomputePolicy[config.NumHiddenLayers];

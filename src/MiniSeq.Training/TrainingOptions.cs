@@ -114,9 +114,10 @@ public sealed record TrainingOptions
         Check(BatchSize > 0, nameof(BatchSize), BatchSize, "positive");
         Check(GradientAccumulationSteps > 0, nameof(GradientAccumulationSteps), GradientAccumulationSteps, "positive");
         Check(LearningRate is >= 0 and < double.PositiveInfinity, nameof(LearningRate), LearningRate, "finite and not negative");
+        Check(Enum.IsDefined(LrSchedulerType), nameof(LrSchedulerType), LrSchedulerType, "Linear, Cosine or Constant");
         Check(WarmupSteps >= 0, nameof(WarmupSteps), WarmupSteps, "not negative");
         Check(WarmupRatio is >= 0 and <= 1, nameof(WarmupRatio), WarmupRatio, "in [0, 1]");
-        Check(WeightDecay >= 0, nameof(WeightDecay), WeightDecay, "not negative");
+        Check(WeightDecay is >= 0 and < double.PositiveInfinity, nameof(WeightDecay), WeightDecay, "finite and not negative");
         Check(AdamBeta1 is >= 0 and < 1, nameof(AdamBeta1), AdamBeta1, "in [0, 1)");
         Check(AdamBeta2 is >= 0 and < 1, nameof(AdamBeta2), AdamBeta2, "in [0, 1)");
         Check(AdamEpsilon > 0, nameof(AdamEpsilon), AdamEpsilon, "positive");
@@ -125,8 +126,8 @@ public sealed record TrainingOptions
         Check(LoggingSteps > 0, nameof(LoggingSteps), LoggingSteps, "positive");
         Check(EvalSteps is null or > 0, nameof(EvalSteps), EvalSteps, "positive, or null");
         Check(EarlyStoppingPatience is null or > 0, nameof(EarlyStoppingPatience), EarlyStoppingPatience, "positive, or null");
-        Check(Compute.ChunkSize >= 0, nameof(Compute.ChunkSize), Compute.ChunkSize, "positive, or 0 for the automatic rule");
-        Check(Compute.GradientFilter is null or (> 0 and < 1), nameof(Compute.GradientFilter), Compute.GradientFilter, "between 0 and 1, or null for exact gradients");
+        ArgumentNullException.ThrowIfNull(Compute);
+        Compute.Validate();
         CheckOptimizerInBackward();
         if (Compute.OffloadFolder is { } folder) OffloadFile.CheckFolder(folder);
 

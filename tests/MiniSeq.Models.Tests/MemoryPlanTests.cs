@@ -181,7 +181,12 @@ public sealed class MemoryPlanTests
         Refused(new BatchShape(4, 2, 5, 4));
         Refused(new BatchShape(4, 2, 3, 5));
         Refused(new BatchShape(4, 2, 3, 4, 0));
-        Assert.Throws<ArgumentOutOfRangeException>(() => new MemoryPlan(s_llama, 4, 4, ScalarType.Float32, new ComputeOptions(-1)));
+        foreach (var (name, options) in new (string, ComputeOptions)[]
+        {
+            ("ChunkSize", new(-1)), ("Recompute", new(Recompute: (RecomputePolicy)9)), ("MemoryBudgetBytes", new(MemoryBudgetBytes: -1)), ("OffloadFolder", new(OffloadFolder: "")),
+            ("GradientFilter", new(GradientFilter: 1)), ("GradientFilter", new(GradientFilter: double.NaN)),
+        })
+            Assert.Equal(name, Assert.Throws<ArgumentOutOfRangeException>(() => new MemoryPlan(s_llama, 4, 4, ScalarType.Float32, options)).ParamName);
         Assert.Throws<ArgumentOutOfRangeException>(() => new PlainMemoryPlan(s_llama, BatchShape.Document(0), ScalarType.Float32, recompute: false));
     }
 
