@@ -87,7 +87,7 @@ internal sealed class ModelOptions(Shape defaults, string dtype)
     public ComputeOptions Compute(ParseResult p)
     {
         string? folder = p.GetValue(_offload);
-        if (folder is not null && !Directory.Exists(folder)) throw new ArgumentException($"--offload {folder} is not a folder that exists.");
+        if (folder is not null) OffloadFile.CheckFolder(folder);
         return new ComputeOptions(p.GetValue(_chunk), p.GetValue(_recompute), BudgetBytes(p), folder);
     }
 

@@ -43,45 +43,36 @@ public static class Gradients
             AddProduct(existing, a, b);
             return;
         }
-        using var first = Product(a, b, AccumulationType(parameter.dtype));
+        using var first = empty(parameter.shape, AccumulationType(parameter.dtype), parameter.device);
+        AddProduct(first, a, b, add: false);
         parameter.grad = first;
     }
 
-    private static Tensor Product(Tensor a, Tensor b, ScalarType dtype)
-    {
-        using var at = a.t();
-        if (dtype == a.dtype) return at.mm(b);
-        long[] shape = [a.size(1), b.size(1)];
-        if (MatrixKernel.Takes(a) && dtype == ScalarType.Float32)
-        {
-            var written = empty(shape, dtype, a.device);
-            WeightGradient.Add(written, a, b, add: false);
-            return written;
-        }
-        var sum = zeros(shape, dtype, a.device);
-        AddProduct(sum, a, b);
-        return sum;
-    }
-
-    /// <summary>accumulator += aᵀ b. A 16-bit product is rounded before it is added, a block of rows at a time.</summary>
+    /// <summary>accumulator += aᵀ b, or accumulator = aᵀ b. A 16-bit product is rounded before it is added, a block of rows at a time.</summary>
     /// <param name="accumulator">[m, n].</param>
     /// <param name="a">[rows, m].</param>
     /// <param name="b">[rows, n].</param>
-    public static void AddProduct(Tensor accumulator, Tensor a, Tensor b)
+    /// <param name="add">Whether the accumulator has a value already; without, what is in its memory does not matter.</param>
+    public static void AddProduct(Tensor accumulator, Tensor a, Tensor b, bool add = true)
     {
         if (MatrixKernel.Takes(a) && accumulator.dtype == ScalarType.Float32 && accumulator.is_contiguous())
         {
-            WeightGradient.Add(accumulator, a, b);
+            WeightGradient.Add(accumulator, a, b, add);
             return;
         }
         using var at = a.t();
         if (accumulator.dtype == a.dtype)
         {
-            accumulator.addmm_(at, b);
+            accumulator.addmm_(at, b, beta: add ? 1 : 0);
             return;
         }
         long block = Math.Max(FewestBlockRows, BlockBytes / Math.Max(1, b.size(1) * b.element_size()));
-        Chunking.ForEach(at.size(0), block, (start, count) => accumulator.narrow(0, start, count).add_(at.narrow(0, start, count).mm(b)));
+        Chunking.ForEach(at.size(0), block, (start, count) =>
+        {
+            var (sum, product) = (accumulator.narrow(0, start, count), at.narrow(0, start, count).mm(b));
+            if (add) sum.add_(product);
+            else sum.copy_(product);
+        });
     }
 
     /// <summary>float32 for the 16-bit types, else the type itself.</summary>

@@ -182,8 +182,8 @@ public static class LinearCrossEntropy
         {
             using var noGrad = no_grad();
             var dtype = Gradients.AccumulationType(head.Weight.dtype);
-            var part = zeros([columns.numel(), hidden.size(1)], dtype, hidden.device);
-            Gradients.AddProduct(part, some, hidden);
+            var part = empty([columns.numel(), hidden.size(1)], dtype, hidden.device);
+            Gradients.AddProduct(part, some, hidden, add: false);
             if (head.Weight.grad is null) head.Weight.grad = zeros(head.Weight.shape, dtype, hidden.device);
             head.Weight.grad!.index_add_(0, columns, part, 1);
         }

@@ -49,7 +49,7 @@ public static unsafe class TensorMemory
 
     /// <summary>
     /// Keeps freed buffers in the process instead of giving them back to the system and faulting every page in again: large products
-    /// run up to twice as fast (glibc's M_MMAP_MAX 0, M_TRIM_THRESHOLD max, M_TOP_PAD 64 MiB). Does nothing but on Linux with glibc, or
+    /// run up to twice as fast (glibc's M_MMAP_MAX 0, no trimming, M_TOP_PAD 64 MiB). Does nothing but on Linux with glibc, or
     /// where the environment variable MINISEQ_MALLOPT is 0.
     /// </summary>
     public static void KeepFreedMemory()

@@ -1,5 +1,6 @@
 using MiniSeq.Layers;
 using TorchSharp;
+using static MiniSeq.Models.OptionRange;
 using static TorchSharp.torch;
 
 namespace MiniSeq.Models;
@@ -43,11 +44,6 @@ public sealed record ComputeOptions(int ChunkSize = Chunking.Auto, RecomputePoli
         Check(MemoryBudgetBytes is null or >= 0, nameof(MemoryBudgetBytes), MemoryBudgetBytes, "positive, 0 for the least memory, or null");
         Check(OffloadFolder is not "", nameof(OffloadFolder), OffloadFolder, "a folder, or null to keep the layers' inputs in memory");
         Check(GradientFilter is null or (> 0 and < 1), nameof(GradientFilter), GradientFilter, "between 0 and 1, or null for exact gradients");
-
-        static void Check(bool holds, string name, object? value, string range)
-        {
-            if (!holds) throw new ArgumentOutOfRangeException(name, value, $"{name} must be {range}.");
-        }
     }
 }
 
@@ -91,11 +87,10 @@ public sealed class MemoryPlan
         _training = training ?? new TrainingMemory();
         _step = new StepMemory(config, batch, dtype, options, _training.Adapter, device);
         _layers = new RecomputePolicy[config.NumHiddenLayers];
-        bool anyPolicy = options.Recompute == RecomputePolicy.Auto;
-        Array.Fill(_layers, anyPolicy ? RecomputePolicy.Full : options.Recompute);
-        if ((options.MemoryBudgetBytes ?? (anyPolicy && options.OffloadFolder is null ? DefaultBudget(device) : null)) is not { } budget) return;
+        Array.Fill(_layers, options.Recompute == RecomputePolicy.Auto ? RecomputePolicy.Full : options.Recompute);
+        if (Budget(options, device) is not { } budget) return;
         if (options.ChunkSize == Chunking.Auto) Shrink(budget);
-        if (anyPolicy) Fill(budget);
+        if (options.Recompute == RecomputePolicy.Auto) Fill(budget);
     }
 
     /// <summary>Rows of a mini-sequence in the layers.</summary>
@@ -157,5 +152,10 @@ public sealed class MemoryPlan
             }
     }
 
-    private static long? DefaultBudget(Device? device) => device is null || device.type == DeviceType.CPU ? TensorMemory.AvailableBytes / 4 : null;
+    private static long? Budget(ComputeOptions options, Device? device)
+    {
+        if (options.MemoryBudgetBytes is { } given) return given;
+        bool keeps = options.Recompute == RecomputePolicy.Auto && options.OffloadFolder is null && (device is null || device.type == DeviceType.CPU);
+        return keeps ? TensorMemory.AvailableBytes / 4 : null;
+    }
 }

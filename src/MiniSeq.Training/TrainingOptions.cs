@@ -1,4 +1,5 @@
 using MiniSeq.Models;
+using static MiniSeq.Models.OptionRange;
 
 namespace MiniSeq.Training;
 
@@ -130,11 +131,6 @@ public sealed record TrainingOptions
         Compute.Validate();
         CheckOptimizerInBackward();
         if (Compute.OffloadFolder is { } folder) OffloadFile.CheckFolder(folder);
-
-        static void Check(bool holds, string name, object? value, string range)
-        {
-            if (!holds) throw new ArgumentOutOfRangeException(name, value, $"{name} must be {range}.");
-        }
     }
 
     private void CheckOptimizerInBackward()

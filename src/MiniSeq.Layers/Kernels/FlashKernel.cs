@@ -374,7 +374,7 @@ internal sealed unsafe class FlashKernel
     private void BackwardTile(BackwardMemory at, int tile, long first, int count, long from, int length)
     {
         if (count == 0 || from > first + count - 1 || from + length <= FirstKey(first)) return;
-        int keys = Math.Min(BackwardKeys, Padded((int)Math.Min(BackwardKeys, first + count - from))); // up to the last that a query of the tile sees
+        int keys = Padded((int)Math.Min(BackwardKeys, first + count - from)); // up to the last that a query of the tile sees
         ushort* qColumns = at.Operand(tile, 0), qRows = at.Operand(tile, 1), dyColumns = at.Operand(tile, 2), dyRows = at.Operand(tile, 3);
         MatrixKernel.Multiply(keys, Queries, _width, at.K, _width, qColumns, Queries, at.Scores, Queries, add: false);   // sᵀ
         MatrixKernel.Multiply(keys, Queries, _width, at.V, _width, dyColumns, Queries, at.DScores, Queries, add: false); // (dy vᵀ)ᵀ

@@ -1,5 +1,4 @@
 using System.Runtime.Intrinsics;
-using System.Runtime.Intrinsics.X86;
 using static TorchSharp.torch;
 
 namespace MiniSeq.Layers.Kernels;
@@ -55,16 +54,9 @@ internal static unsafe class LongProduct
         {
             int depth = Math.Min(Depth, k - term), next = Math.Min(Depth, k - term - depth);
             Tiles.PackRows(b + ((long)term * n), n, depth, depth, columns, packed);
-            Prefetch(b + ((long)(term + depth) * n), n, next, columns);
-            Prefetch(a + term + depth, k, rows, next);
+            Tiles.Prefetch(b + ((long)(term + depth) * n), n, next, columns);
+            Tiles.Prefetch(a + term + depth, k, rows, next);
             MatrixKernel.Multiply(rows, columns, depth, a + term, k, packed, columns, sums, columns, add: term > 0);
         }
-    }
-
-    // Both are pieces of long rows, far apart in memory: nothing else fetches them ahead.
-    private static void Prefetch(ushort* source, long stride, int rows, int columns)
-    {
-        for (int r = 0; r < rows; r++)
-            for (int c = 0; c < columns; c += 32) Sse.Prefetch1(source + (r * stride) + c);
     }
 }

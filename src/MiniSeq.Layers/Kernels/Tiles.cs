@@ -6,6 +6,8 @@ namespace MiniSeq.Layers.Kernels;
 /// <summary>Tiles of bfloat16 numbers in the orders that <see cref="MatrixKernel"/> reads. Strides count numbers.</summary>
 internal static unsafe class Tiles
 {
+    private const int CacheLine = 32; // numbers
+
     /// <summary>[rows, columns] next to each other; rows up to <paramref name="padded"/> are zero.</summary>
     public static void Copy(ushort* source, long stride, int rows, int padded, int columns, ushort* target)
     {
@@ -42,6 +44,13 @@ internal static unsafe class Tiles
     {
         PackRows(source, stride, rows, padded, columns, scratch);
         Transpose((uint*)scratch, columns, padded / 2, columns, (uint*)target, padded / 2);
+    }
+
+    /// <summary>Asks for [rows, columns] to be in the core's cache soon: pieces of long rows lie far apart in memory, and nothing else fetches them ahead.</summary>
+    public static void Prefetch(ushort* source, long stride, int rows, int columns)
+    {
+        for (int r = 0; r < rows; r++)
+            for (int c = 0; c < columns; c += CacheLine) Sse.Prefetch1(source + (r * stride) + c);
     }
 
     /// <summary>The transpose of [rows, columns] words of 32 bits, into rows of <paramref name="targetStride"/> words.</summary>

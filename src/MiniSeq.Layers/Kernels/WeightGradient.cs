@@ -1,4 +1,3 @@
-using System.Runtime.Intrinsics.X86;
 using static TorchSharp.torch;
 
 namespace MiniSeq.Layers.Kernels;
@@ -75,11 +74,9 @@ internal static unsafe class WeightGradient
         });
     }
 
-    // Sums are far apart in memory, a row here and a row there: nothing else fetches them ahead.
     private static void Prefetch(float* sums, int n, int count, int tile)
     {
-        int column = tile * TileColumns, columns = Math.Min(TileColumns, n - column);
-        for (int r = 0; r < count; r++)
-            for (int c = 0; c < columns; c += 16) Sse.Prefetch1(sums + ((long)r * n) + column + c);
+        int column = tile * TileColumns;
+        Tiles.Prefetch((ushort*)(sums + column), 2L * n, count, 2 * Math.Min(TileColumns, n - column)); // two words of 16 bits each
     }
 }
